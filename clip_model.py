@@ -1,0 +1,251 @@
+"""The CLIP models of the paper (Sect. 4.1): ViT, modified ResNet and Swin image towers with a causal text tower.
+
+Configurations and parameter names are those of open_clip and OpenAI's CLIP, so that weights go back and forth with
+`load_state_dict(strict=True)`. Needs torch; torchvision for swin_b. To use it elsewhere, copy the file:
+
+    model = create("vit_b32")
+    image, text, scale = model(images, tokens)      # unit vectors (b, embed_dim), and exp(logit_scale)
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Image tower, and (width, layers) of the text tower. Heads are width / 64.
+ARCHS = {
+    "vit_tiny": dict(embed_dim=128, vision=dict(width=192, layers=4, patch=8), text=(128, 3)),
+    "vit_s32": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=32), text=(384, 12)),
+    "vit_s16": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=16), text=(384, 12)),
+    "vit_b32": dict(embed_dim=512, vision=dict(width=768, layers=12, patch=32), text=(512, 12)),
+    "vit_b16": dict(embed_dim=512, vision=dict(width=768, layers=12, patch=16), text=(512, 12)),
+    "rn50": dict(embed_dim=1024, vision=dict(width=64, layers=(3, 4, 6, 3)), text=(512, 12)),
+    "rn101": dict(embed_dim=512, vision=dict(width=64, layers=(3, 4, 23, 3)), text=(512, 12)),
+    "swin_b": dict(embed_dim=640, vision=dict(), text=(640, 12)),
+}
+
+
+class QuickGELU(nn.Module):
+    """The sigmoid approximation that OpenAI's own weights were trained with."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention under nn.MultiheadAttention's parameter names."""
+
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        b, n, d = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (b, n, 3 d)
+        q, k, v = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (b, heads, n, d / heads)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(x.transpose(1, 2).reshape(b, n, d))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width, heads, causal, act):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, causal)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", act())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, initialised as OpenAI's text tower (residual branches scaled down with depth)."""
+
+    def __init__(self, width, layers, heads, causal=False, act=nn.GELU):
+        super().__init__()
+        self.resblocks = nn.ModuleList([Block(width, heads, causal, act) for _ in range(layers)])
+        branch_std = width**-0.5 * (2 * layers) ** -0.5
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=branch_std)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
+
+    def forward(self, x):
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, image_size, patch, width, layers, embed_dim, act):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn((image_size // patch) ** 2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, width // 64, act=act)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+
+    def forward(self, x):  # (b, 3, h, w)
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (b, patches, width)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        x = self.transformer(x)
+        return self.ln_post(x[:, 0]) @ self.proj  # (b, embed_dim)
+
+
+class Bottleneck(nn.Module):
+    """ResNet bottleneck that strides by average pooling, not by a strided convolution (anti-aliasing)."""
+
+    def __init__(self, inplanes, planes, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        nn.init.zeros_(self.bn3.weight)  # every block starts as the identity
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.downsample = None
+        if stride > 1 or inplanes != 4 * planes:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(4 * planes))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(self.pool(y)))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class AttentionPool(nn.Module):
+    """One attention whose only query is the mean of the feature map."""
+
+    def __init__(self, positions, width, heads, embed_dim):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(positions + 1, width) * width**-0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, embed_dim)
+        for proj in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(proj.weight, std=width**-0.5)
+
+    def forward(self, x):  # (b, width, h, w)
+        x = x.flatten(2).transpose(1, 2)  # (b, h w, width)
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (b, heads, 1, width / heads)
+        return self.c_proj(x.flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet: three stem convolutions, average-pooled strides, attention pooling."""
+
+    def __init__(self, image_size, width, layers, embed_dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        inplanes = width
+        for i, blocks in enumerate(layers):
+            planes, stage = width * 2**i, []
+            for j in range(blocks):
+                stage.append(Bottleneck(inplanes, planes, stride=2 if i > 0 and j == 0 else 1))
+                inplanes = 4 * planes
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.attnpool = AttentionPool((image_size // 32) ** 2, inplanes, inplanes // 64, embed_dim)
+
+    def forward(self, x):  # (b, 3, h, w)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)  # (b, width, h / 4, w / 4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (b, 32 width, h / 32, w / 32)
+        return self.attnpool(x)
+
+
+def _swin_b(embed_dim):
+    from torchvision.models import SwinTransformer
+
+    # torchvision's builder of the same sizes fixes a stochastic depth of 0.5, made for supervised training
+    swin = SwinTransformer([4, 4], 128, [2, 2, 18, 2], [4, 8, 16, 32], [7, 7], stochastic_depth_prob=0.1)
+    swin.head = nn.Linear(1024, embed_dim, bias=False)
+    return swin
+
+
+class CLIP(nn.Module):
+    """An image tower and a text tower that meet in one embedding space."""
+
+    def __init__(self, arch, image_size, vocab_size, context_length, quick_gelu):
+        super().__init__()
+        config = ARCHS[arch]
+        embed_dim, vision, (width, layers) = config["embed_dim"], config["vision"], config["text"]
+        act = QuickGELU if quick_gelu else nn.GELU
+        self.arch, self.image_size, self.context_length = arch, image_size, context_length
+        if arch.startswith("vit"):
+            self.visual = VisionTransformer(image_size, **vision, embed_dim=embed_dim, act=act)
+        elif arch.startswith("rn"):
+            self.visual = ModifiedResNet(image_size, **vision, embed_dim=embed_dim)
+        else:
+            self.visual = _swin_b(embed_dim)
+
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
+        self.transformer = Transformer(width, layers, width // 64, causal=True, act=act)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def encode_image(self, images):
+        """(b, 3, h, w) normalised images -> (b, embed_dim), before normalisation."""
+        return self.visual(images)
+
+    def encode_text(self, tokens):
+        """(b, n) int tokens, n up to the context length -> (b, embed_dim), before normalisation.
+
+        Attention is causal and the feature is read at the end token, so padding behind it changes nothing.
+        """
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (b, n, width)
+        x = self.ln_final(self.transformer(x))
+        end = tokens.argmax(1)  # the end token has the highest id, and saw the whole text
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
+
+    def forward(self, images, tokens):
+        """-> unit vectors (b, embed_dim) of images and of texts, float32, and the logit scale exp(logit_scale)."""
+        image = F.normalize(self.encode_image(images).float(), dim=-1)
+        text = F.normalize(self.encode_text(tokens).float(), dim=-1)
+        return image, text, self.logit_scale.exp()
+
+
+def create(arch, image_size=224, vocab_size=49408, context_length=77, quick_gelu=False):
+    """A CLIP model with random weights. arch: one of ARCHS. image_size: a multiple of the patch (ResNets, Swin: 32).
+
+    quick_gelu: the activation of OpenAI's own weights; open_clip's configurations of these names use plain GELU.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
+    multiple = ARCHS[arch]["vision"].get("patch", 32)
+    if image_size < multiple or image_size % multiple:
+        raise ValueError(f"{arch} needs an image size that is a multiple of {multiple}, got {image_size}")
+    return CLIP(arch, image_size, vocab_size, context_length, quick_gelu)

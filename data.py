@@ -1,0 +1,663 @@
+"""Image-text data by random access: every sample has an int64 id, its position, and is read only when asked for.
+
+A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, and what is known of it: `truth` (planted
+faults), `classes` and `labels`. `open_source` picks one from a --data argument:
+
+    shapes:N                     captioned pictures, drawn on demand, with planted faults   Shapes
+    cc3m/{00000..00331}.tar      img2dataset / webdataset shards; globs; A::B joins sets    Shards
+    pairs.csv, pairs.tsv         columns filepath and title                                 Table
+    DIR/                         class folders, as in ImageFolder                           Tree
+
+`Pairs` turns a source into a map-style dataset of augmented uint8 images and tokens. Nothing in it ever changes, and
+pruning lives in the sampler alone, so that pruned samples cost no read and no decoding. Needs torch, torchvision,
+numpy and Pillow.
+"""
+
+import contextlib
+import csv
+import glob
+import gzip
+import hashlib
+import html
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import unicodedata
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # Pillow's size guard: refuse, not warn
+
+
+class DataError(Exception):
+    """What is wrong with the data, where, and what to do: one line for the user."""
+
+
+# ---------------------------------------------------------------- text to tokens
+
+
+class HashedWords:
+    """Words hashed to token ids: a tokenizer with nothing to download. Different words rarely share an id.
+
+    NFKC, lower case; a word is a run of \\w, but each CJK character and each other non-space character is its own.
+    """
+
+    name, vocab_size, context_length = "hashed words", 49408, 77
+    _cjk = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+    _word = re.compile(rf"[{_cjk}]|[^\W{_cjk}]+|[^\w\s]")
+
+    def __call__(self, text):
+        """str -> (n,) int64 token ids, start and end included, n <= context_length."""
+        words = self._word.findall(unicodedata.normalize("NFKC", text).lower())[: self.context_length - 2]
+        ids = [1 + zlib.crc32(word.encode("utf-8", "replace")) % 49405 for word in words]
+        return np.array([49406, *ids, 49407], dtype=np.int64)
+
+
+class BPE:
+    """CLIP's byte-pair encoding, from OpenAI's bpe_simple_vocab_16e6.txt.gz (or any file of the same form)."""
+
+    context_length = 77
+    # what ftfy, which CLIP's tokenizer calls first, does to ordinary text: plain quotes, no ligatures, no wide forms
+    _plain = {c: "'" for c in (0x2BC, *range(0x2018, 0x201C))} | {c: '"' for c in range(0x201C, 0x2020)}
+    _plain |= {
+        c: unicodedata.normalize("NFKC", chr(c))
+        for c in (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB05), 0xFB06)
+    }
+    _plain |= {0x149: "'n", 0xFB05: "\u017ft", 0x3000: " "}
+    _plain |= {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFFF0)}
+    _plain |= {c: None for c in (*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF)}
+    _plain |= {c: None for c in range(0xFFF9, 0xFFFD)}
+    _special = re.compile(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d", re.IGNORECASE)
+
+    def __init__(self, path):
+        try:
+            raw = gzip.decompress(Path(path).read_bytes())
+            lines = raw.decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise DataError(f"--vocab {path}: not a gzipped BPE vocabulary ({error})") from None
+        merges = [tuple(line.split()) for line in lines if line.strip()]
+        if any(len(merge) != 2 for merge in merges):
+            raise DataError(f"--vocab {path}: every line after the first must hold two symbols")
+        # every byte gets a printable stand-in: itself if it has one, else the next character from 256 on
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        self._byte = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        symbols = list(self._byte.values())
+        symbols += [s + "</w>" for s in symbols] + ["".join(merge) for merge in merges]
+        symbols += ["<start_of_text>", "<end_of_text>"]
+        self._id = {s: i for i, s in enumerate(symbols)}
+        self._rank = {merge: i for i, merge in enumerate(merges)}
+        self.vocab_size = len(symbols)
+        self.name = f"bpe {hashlib.sha256(raw).hexdigest()[:16]}"
+
+    def _words(self, text):
+        """Split as CLIP's pattern does: special words and contractions, runs of letters, single digits, the rest."""
+        at = 0
+        while at < len(text):
+            special = self._special.match(text, at)
+            if special:
+                end = special.end()
+            else:
+                kind, end = self._kind(text[at]), at + 1
+                while kind in "LO" and end < len(text) and self._kind(text[end]) == kind:
+                    end += 1
+                if kind == " ":
+                    at = end
+                    continue
+            yield text[at:end]
+            at = end
+
+    @staticmethod
+    def _kind(char):
+        category = unicodedata.category(char)[0]
+        return category if category in "LN" else " " if char.isspace() else "O"
+
+    def _encode(self, word):
+        if word in ("<start_of_text>", "<end_of_text>"):
+            return [self._id[word]]
+        symbols = [self._byte[b] for b in word.encode("utf-8", "replace")]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            best = min(zip(symbols, symbols[1:], strict=False), key=lambda pair: self._rank.get(pair, len(self._rank)))
+            if best not in self._rank:
+                break
+            merged, i = [], 0
+            while i < len(symbols):
+                step = 2 if tuple(symbols[i : i + 2]) == best else 1
+                merged.append("".join(symbols[i : i + step]))
+                i += step
+            symbols = merged
+        return [self._id[s] for s in symbols]
+
+    def __call__(self, text):
+        """str -> (n,) int64 token ids, start and end included, n <= context_length."""
+        text = unicodedata.normalize("NFC", text.translate(self._plain))
+        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+        ids = itertools.chain.from_iterable(map(self._encode, self._words(text)))
+        ids = list(itertools.islice(ids, self.context_length - 2))  # the end token always stays
+        return np.array([self.vocab_size - 2, *ids, self.vocab_size - 1], dtype=np.int64)
+
+
+def pad(tokens):
+    """Token arrays -> (b, longest) int64; the text tower is causal, so shorter padding changes nothing."""
+    out = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.int64)
+    for row, ids in zip(out, tokens, strict=True):
+        row[: len(ids)] = torch.from_numpy(ids)
+    return out
+
+
+# ---------------------------------------------------------------- bytes to pictures
+
+
+def decode(data, draft=None):
+    """Bytes of an image file -> RGB picture, upright. draft: a JPEG may be decoded at 1/2, 1/4 .. of its size, if
+    its sides stay at least `draft`. Alpha is laid on white; 16-bit grey is scaled to 8; of animations the first frame.
+    """
+    picture = Image.open(io.BytesIO(data))
+    if draft:
+        picture.draft("RGB", (draft, draft))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture, dtype=np.float32)
+        top = 65535 if picture.mode.startswith("I") else max(float(values.max()), 1e-6)
+        picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def normalize(images, mean_std=CLIP_MEAN_STD):
+    """(b, 3, h, w) uint8 -> float32, on the device they are on."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in mean_std)
+    return (images.float() / 255 - mean) / std
+
+
+def train_transform(size):
+    crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.PILToTensor()])
+
+
+def eval_transform(size):
+    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
+
+
+# ---------------------------------------------------------------- sources
+
+
+class Strings:
+    """A list of strings in two arrays: millions of them cost their bytes, and workers share the pages."""
+
+    def __init__(self, strings):
+        joined, ends = bytearray(), [0]
+        ends = np.fromiter(
+            (len(joined) for s in strings if joined.extend(s.encode("utf-8", "surrogateescape")) is None), np.int64
+        )
+        self._bytes, self._ends = np.frombuffer(bytes(joined), np.uint8), np.concatenate([[0], ends])
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def __getitem__(self, i):
+        return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+    def digest(self):
+        return self._bytes.tobytes() + self._ends.tobytes()
+
+
+class Shapes:
+    """Captioned drawings from (seed, id), of any number and size; 64 classes, colour x shape.
+
+    A tenth of the captions describe another picture (ill-matched), and a tenth of the samples are near-duplicates:
+    copies up to pixel noise, four to an original, with the same caption. `truth` holds both masks. Evaluation pictures
+    (train=False) are clean, balanced over the classes, and drawn from other seeds.
+    """
+
+    shapes = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "crescent")
+    colours = {
+        "red": (214, 39, 40),
+        "green": (44, 150, 44),
+        "blue": (31, 80, 200),
+        "yellow": (240, 210, 40),
+        "purple": (148, 60, 180),
+        "orange": (255, 127, 14),
+        "pink": (245, 140, 190),
+        "brown": (120, 70, 40),
+    }
+    sizes = {"small": 0.2, "large": 0.33}
+    places = {"left": (0.35, 0.5), "right": (0.65, 0.5), "top": (0.5, 0.35), "bottom": (0.5, 0.65)}
+    grounds = {"white": (250, 250, 250), "grey": (170, 170, 170), "black": (20, 20, 20), "cyan": (150, 220, 225)}
+    classes = [f"{colour} {shape}" for colour, shape in itertools.product(colours, shapes)]
+    templates = ["a {}", "a small {}", "a large {}", "a {} on white", "a {} on grey", "a {} on black"]
+
+    def __init__(self, n, size=64, seed=0, train=True, ill_matched=0.1, duplicates=0.1):
+        self.n, self.size, self.seed, self.train = n, size, seed, train
+        self.drawn_as = np.arange(n)  # the id whose drawing and caption a sample takes
+        ill, copies = np.zeros(n, bool), np.zeros(n, bool)
+        if train:
+            order = np.random.default_rng([seed, 1]).permutation(n)
+            ill[order[: int(ill_matched * n)]] = True
+            rest = order[int(ill_matched * n) :]
+            groups = int(duplicates * n) // 4
+            copies[rest[groups : 5 * groups]] = True
+            self.drawn_as[rest[groups : 5 * groups]] = np.tile(rest[:groups], 4)
+        self.truth = {"ill_matched": ill, "redundant": copies} if train else {}
+        self.labels = np.array([self._attributes(i)[0] for i in range(n)]) if not train else None
+
+    def __len__(self):
+        return self.n
+
+    def _attributes(self, i, salt=0):
+        """(class, size, place, ground), all that the caption says; and the generator for what it does not."""
+        rng = np.random.default_rng([self.seed, 2 + self.train, int(self.drawn_as[i]), salt])
+        label = int(rng.integers(len(self.classes))) if self.train else int(i) % len(self.classes)
+        return label, *(list(x)[rng.integers(len(x))] for x in (self.sizes, self.places, self.grounds)), rng
+
+    def caption(self, i):
+        label, size, place, ground, _ = self._attributes(i)
+        if self.train and self.truth["ill_matched"][i]:  # describes another picture, of another class
+            salts = itertools.count(1)
+            label, size, place, ground, _ = next(
+                other for other in (self._attributes(i, salt) for salt in salts) if other[0] != label
+            )
+        return f"a {size} {self.classes[label]} on {ground}, {place}"
+
+    def image(self, i, draft=None):
+        label, size, place, ground, rng = self._attributes(i)
+        shape = self.shapes[label % len(self.shapes)]
+        colour = list(self.colours.values())[label // len(self.shapes)]
+        angle, radius = rng.uniform(-0.3, 0.3), self.sizes[size] * rng.uniform(0.85, 1.15)
+        centre = np.array(self.places[place]) + rng.uniform(-0.06, 0.06, 2)
+        canvas = 2 * self.size  # drawn twice as large and reduced, for smooth edges
+        picture = Image.new("RGB", (canvas, canvas), self.grounds[ground])
+        draw = ImageDraw.Draw(picture)
+
+        def points(polar):
+            """[(radius, angle)] -> pixels, turned and placed."""
+            r, a = np.array(polar, dtype=float).T
+            xy = centre + (radius * r * np.array([np.cos(a + angle), np.sin(a + angle)])).T
+            return [tuple(p) for p in xy * canvas]
+
+        def disc(r, fill, shift=0.0):
+            x, y = (centre + radius * np.array([shift, -shift])) * canvas
+            r = r * radius * canvas
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+
+        turn = np.pi / 2
+        if shape in ("circle", "ring", "crescent"):
+            disc(1, colour)
+            if shape == "ring":
+                disc(0.6, self.grounds[ground])
+            if shape == "crescent":
+                disc(0.85, self.grounds[ground], shift=0.4)
+        elif shape == "cross":
+            for a in (0, turn):
+                corners = [(1, a - 0.25), (1, a + 0.25), (1, a + 2 * turn - 0.25), (1, a + 2 * turn + 0.25)]
+                draw.polygon(points(corners), fill=colour)
+        elif shape == "star":
+            star = [(1 if k % 2 == 0 else 0.42, (k - 2.5) * np.pi / 5) for k in range(10)]
+            draw.polygon(points(star), fill=colour)
+        else:
+            corners = {"triangle": 3, "square": 4, "diamond": 4}[shape]
+            first = {"triangle": -turn, "square": turn / 2, "diamond": 0}[shape]
+            stretch = 0.55 if shape == "diamond" else 1
+            polygon = [(stretch if k % 2 else 1, first + k * 4 * turn / corners) for k in range(corners)]
+            draw.polygon(points(polygon), fill=colour)
+        picture = picture.resize((self.size, self.size), Image.Resampling.BOX)
+        noise = np.random.default_rng([self.seed, 4 + self.train, int(i)]).normal(0, 6, (self.size, self.size, 3))
+        return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+
+    def where(self, i):
+        return f"shapes, id {i}"
+
+    def fingerprint(self):
+        return hashlib.sha256(f"shapes {self.n} {self.size} {self.seed} {self.train}".encode()).hexdigest()
+
+
+class Shards:
+    """img2dataset / webdataset tar files, read by position: never extracted, never streamed.
+
+    Each tar is indexed once; the index (byte offsets) is cached under $XDG_CACHE_HOME and belongs to one size and
+    modification time of the tar. A sample is a run of members of one key with an image and a .txt (or a .json with
+    "caption"). Links and folders in a tar are passed over.
+    """
+
+    images = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+    truth, labels, classes = {}, None, None
+
+    def __init__(self, paths):
+        self.paths = Strings(paths)
+        self.stamps, tables = [], []
+        for path in paths:
+            try:
+                stat = os.stat(path)
+                tables.append(_tar_index(path, stat))
+            except OSError as error:
+                raise DataError(f"{path}: {error.strerror or error}") from None
+            self.stamps.append((stat.st_size, stat.st_mtime_ns))
+        self.first = np.cumsum([0] + [len(table) for table in tables])
+        self.table = np.concatenate(tables)  # (N, 6): offset and size of image, .txt, .json; size -1 if absent
+        self._files = {}
+        if not len(self.table):
+            raise DataError(f"{paths[0]}: no sample with an image and a caption in {len(paths)} tar file(s)")
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_files": {}}  # open files stay with their process
+
+    def _read(self, i, part, limit=None):
+        """Bytes of one member. part: 0 image, 1 text, 2 JSON."""
+        shard = int(np.searchsorted(self.first, i, side="right")) - 1
+        if shard not in self._files:
+            if len(self._files) >= 128:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        file = self._files[shard]
+        stat = os.fstat(file)
+        if (stat.st_size, stat.st_mtime_ns) != self.stamps[shard]:
+            raise DataError(f"{self.paths[shard]}: changed since it was indexed; start again to index it anew")
+        offset, size = (int(x) for x in self.table[i, 2 * part : 2 * part + 2])
+        data = os.pread(file, min(size, limit or size), offset)
+        while len(data) < min(size, limit or size):  # pread may return less, at most 2 GiB at a time
+            more = os.pread(file, min(size, limit or size) - len(data), offset + len(data))
+            if not more:
+                raise DataError(f"{self.paths[shard]}: ends before the member at byte {offset}")
+            data += more
+        return data
+
+    def image(self, i, draft=None):
+        return decode(self._read(i, 0), draft)
+
+    def caption(self, i):
+        if self.table[i, 3] >= 0:
+            return self._read(i, 1, limit=1 << 16).decode("utf-8", "replace")
+        return str(self.meta(i)["caption"])
+
+    def meta(self, i):
+        """The sample's JSON."""
+        return json.loads(self._read(i, 2))
+
+    def where(self, i):
+        shard = int(np.searchsorted(self.first, i, side="right")) - 1
+        return f"{self.paths[shard]}, image at byte {self.table[i, 0]}"
+
+    def fingerprint(self):
+        names = "\n".join(os.path.basename(self.paths[k]) for k in range(len(self.paths)))
+        return hashlib.sha256(names.encode() + self.first.tobytes() + self.table.tobytes()).hexdigest()
+
+
+def _tar_index(path, stat):
+    """(n, 6) int64 byte ranges of a tar's samples, from the cache or from the tar itself."""
+    key = hashlib.sha256(f"1 {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan" / f"{key}.npy"
+    try:
+        table = np.load(cache, allow_pickle=False)
+        if table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == 6 and _in_file(table, stat.st_size):
+            return table
+    except (OSError, ValueError, EOFError):
+        pass
+
+    rows, row, last_key, parts = [], None, None, set()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # else tarfile keeps every header it has seen
+                if not member.isreg() or member.issparse():
+                    continue
+                folder, name = os.path.split(member.name)
+                key, _, extension = name.partition(".")
+                extension = extension.lower()
+                part = 0 if extension in Shards.images else {"txt": 1, "json": 2}.get(extension)
+                if part is None:
+                    continue
+                if (folder, key) != last_key or part in parts:
+                    row, last_key, parts = [0, -1, 0, -1, 0, -1], (folder, key), set()
+                    rows.append(row)
+                row[2 * part : 2 * part + 2] = member.offset_data, member.size
+                parts.add(part)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not a whole tar file ({error}); fetch it again, or leave it out") from None
+    table = np.array([r for r in rows if r[1] >= 0 and (r[3] >= 0 or r[5] >= 0)], dtype=np.int64).reshape(-1, 6)
+    if not _in_file(table, stat.st_size):
+        raise DataError(f"{path}: not a whole tar file (a member ends beyond it); fetch it again, or leave it out")
+    with contextlib.suppress(OSError):  # a cache that can't be written only costs time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        with open(temporary, "wb") as file:
+            np.save(file, table, allow_pickle=False)
+        os.replace(temporary, cache)
+    return table
+
+
+def _in_file(table, size):
+    offsets, sizes = table[:, 0::2], table[:, 1::2]
+    return bool((offsets >= 0).all() and (sizes >= -1).all() and (offsets + sizes <= size).all())
+
+
+class Table:
+    """A CSV or TSV file with a column of image paths (relative to the file) and one of captions."""
+
+    truth, labels, classes = {}, None, None
+
+    def __init__(self, path, image_key="filepath", caption_key="title"):
+        self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
+        csv.field_size_limit(1 << 26)
+        try:
+            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+                header = file.readline()
+                columns = {d: next(csv.reader([header], delimiter=d), []) for d in ",\t;|"}
+                fits = [d for d, names in columns.items() if image_key in names and caption_key in names]
+                if not fits:
+                    found = max(columns.values(), key=len)
+                    raise DataError(
+                        f"{path}: no columns {image_key!r} and {caption_key!r} in {found}; name yours with --img-key and "
+                        f"--caption-key. Expected, for example: {image_key},{caption_key} / images/1.jpg,a red car"
+                    )
+                names = columns[fits[0]]
+                image_column, caption_column = names.index(image_key), names.index(caption_key)
+                captions = []
+                file.seek(0)
+                rows = csv.reader(file, delimiter=fits[0])
+                next(rows)
+
+                def columns_of():
+                    for row in rows:
+                        if row:
+                            if len(row) != len(names):
+                                raise DataError(
+                                    f"{path}, line {rows.line_num}: {len(row)} fields, the header has {len(names)}"
+                                )
+                            captions.append(row[caption_column])
+                            yield row[image_column]
+
+                self.images = Strings(columns_of())
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from None
+        except csv.Error as error:
+            raise DataError(f"{path}: {error}") from None
+        self.captions = Strings(captions)
+        if not len(self.images):
+            raise DataError(f"{path}: no rows below the header")
+
+    def __len__(self):
+        return len(self.images)
+
+    def image(self, i, draft=None):
+        return decode(Path(self.where(i)).read_bytes(), draft)
+
+    def caption(self, i):
+        return self.captions[i][: 1 << 16]
+
+    def where(self, i):
+        return os.path.join(self.folder, self.images[i])
+
+    def fingerprint(self):
+        return hashlib.sha256(self.images.digest() + self.captions.digest()).hexdigest()
+
+
+class Tree:
+    """Class folders, as in torchvision's ImageFolder; of DIR/train and DIR/val, `split` where they exist."""
+
+    truth = {}
+
+    def __init__(self, root, split="train"):
+        from torchvision.datasets import ImageFolder
+
+        root = os.path.join(root, split) if os.path.isdir(os.path.join(root, split)) else root
+        try:
+            tree = ImageFolder(root, allow_empty=True)
+        except (OSError, FileNotFoundError) as error:
+            raise DataError(f"{root}: no class folders with pictures in it ({error})") from None
+        if not tree.samples:
+            raise DataError(f"{root}: no pictures in its class folders ({', '.join(tree.classes[:5])} ...)")
+        self.root, self.classes = root, tree.classes
+        self.labels = np.array(tree.targets)
+        self.images = Strings(os.path.relpath(path, root) for path, _ in tree.samples)
+
+    def __len__(self):
+        return len(self.images)
+
+    def image(self, i, draft=None):
+        return decode(Path(self.where(i)).read_bytes(), draft)
+
+    def caption(self, i):
+        return self.classes[self.labels[i]]
+
+    def where(self, i):
+        return os.path.join(self.root, self.images[i])
+
+    def fingerprint(self):
+        return hashlib.sha256(self.images.digest()).hexdigest()
+
+
+def _expand(pattern):
+    """Braces {00000..00331} and {a,b}, then globs -> paths, in order."""
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if not brace:
+        paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not paths:
+            raise DataError(f"{pattern}: matches no file")
+        return paths
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    if span:
+        first, last = span.groups()
+        if int(last) < int(first):
+            raise DataError(f"{pattern}: the range {brace[0]} is empty")
+        parts = (str(k).zfill(len(first)) for k in range(int(first), int(last) + 1))
+    else:
+        parts = brace[1].split(",")
+    return [p for part in parts for p in _expand(pattern[: brace.start()] + part + pattern[brace.end() :])]
+
+
+def open_source(spec, *, train=True, size=64, seed=0, image_key="filepath", caption_key="title"):
+    """A --data argument -> its source. size: edge of drawn pictures. Raises DataError with one line for the user."""
+    if re.fullmatch(r"shapes(:\d+)?", spec):
+        n = int(spec.partition(":")[2] or (1024 if train else 512))
+        if n < 2:
+            raise DataError(f"--data {spec}: needs at least 2 pictures")
+        return Shapes(n, size, seed, train)
+    if re.search(r"\.tar(\}|$|::)", spec):
+        return Shards([path for part in spec.split("::") for path in _expand(part)])
+    if spec.endswith((".csv", ".tsv")):
+        return Table(spec, image_key, caption_key)
+    if os.path.isdir(spec):
+        return Tree(spec, "train" if train else "val")
+    raise DataError(
+        f"{spec}: neither shapes[:N], nor .tar files (braces, globs, A::B), nor a .csv/.tsv file, nor a folder of classes"
+    )
+
+
+# ---------------------------------------------------------------- the dataset
+
+
+class Pairs(Dataset):
+    """Items (id, image, tokens, failed): the id of the sample really used, a uint8 (3, h, w) image, its token ids.
+
+    A sample that can't be read is replaced by the next id that can: its loss then goes to that id, and `failed` names
+    the id asked for (else -1). Augmentation depends on (seed, epoch, id) alone, so workers carry no state.
+    mismatch: a share of the samples whose captions are shuffled among them; the truth is kept in `truth`.
+    """
+
+    def __init__(self, source, tokenizer, transform, *, draft=None, seed=0, mismatch=0.0):
+        self.source, self.tokenizer, self.transform = source, tokenizer, transform
+        self.draft, self.seed, self.mismatch = draft, seed, mismatch
+        self.truth = dict(source.truth)
+        self.caption_of = None
+        if mismatch:
+            n = int(mismatch * len(source))
+            chosen = np.random.default_rng([seed, 6]).permutation(len(source))[:n]
+            self.caption_of = np.arange(len(source))
+            self.caption_of[chosen] = np.roll(chosen, 1)  # a cycle: nobody keeps their own
+            shuffled = self.caption_of != np.arange(len(source))
+            self.truth["ill_matched"] = shuffled | self.truth.get("ill_matched", False)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+
+    def __len__(self):
+        return len(self.source)
+
+    def fingerprint(self):
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.mismatch} {self.seed}".encode()).hexdigest()[:16]
+
+    def set_epoch(self, epoch):
+        """Before the loader's iterator starts."""
+        self._epoch.fill_(epoch)
+
+    def caption(self, i):
+        return self.source.caption(i if self.caption_of is None else int(self.caption_of[i]))
+
+    def __getitem__(self, i):
+        for used in itertools.islice(itertools.cycle(range(len(self))), i, i + len(self)):
+            try:
+                caption = self.caption(used)
+                if not caption.strip():
+                    raise ValueError("empty caption")
+                picture = self.source.image(used, self.draft)
+                with torch.random.fork_rng(devices=[]):
+                    seed = hashlib.sha256(f"{self.seed} {self._epoch} {used}".encode()).digest()
+                    torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+                    image = self.transform(picture)
+                return used, image, self.tokenizer(caption), i if used != i else -1
+            except DataError:
+                raise
+            except Exception:  # whatever a decoder makes of broken bytes
+                continue
+        raise DataError(f"not one of {len(self)} samples can be read, {self.source.where(i)} for example")
+
+
+def collate(items):
+    """-> ids (b,) int64, images (b, 3, h, w) uint8, tokens (b, longest) int64, failed ids (b,) int64."""
+    ids, images, tokens, failed = zip(*items, strict=True)
+    return torch.tensor(ids), torch.stack(images), pad(tokens), torch.tensor(failed)
+
+
+class Pictures(Dataset):
+    """Items (id, image) for evaluation: every sample, in order; one that can't be read is an error."""
+
+    def __init__(self, source, transform):
+        self.source, self.transform = source, transform
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        try:
+            return i, self.transform(self.source.image(i))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{self.source.where(i)}: cannot be read ({error})") from None

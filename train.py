@@ -1,0 +1,709 @@
+"""Train CLIP with SCAN: full data in warm-up and preparation epochs, a growing share left out in mutation epochs.
+
+    torchrun train.py --arch vit_b32 --prune 0.3                                   # built-in data, CPU or one GPU
+    torchrun --nproc_per_node 8 train.py --arch vit_b32 --prune 0.3 \\
+        --data 'cc3m/{00000..00331}.tar' --val-data 'val/00000.tar'                 # one node, 8 GPUs
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
+    python train.py --arch vit_tiny --prune 0                                       # full data, the baseline
+
+The same command again resumes from --out. To read the method itself, open scan.py; the loop that uses it is `train`.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import deque
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import clip_model
+import data
+import eval as evaluation
+from data import DataError
+from scan import Scan, ScanSampler, info_nce
+
+VERSION = 1
+
+# batch: global. Of the paper (RN, Swin: betas .9 .999 1e-8); vit_tiny is ours, for two CPU cores.
+RECIPE = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224)
+RECIPES = {arch: RECIPE for arch in clip_model.ARCHS} | {
+    "vit_tiny": dict(epochs=60, batch_size=128, lr=1e-3, wd=0.1, image_size=64)
+}
+SHAPES = dict(epochs=12, batch_size=64, lr=5e-4, wd=0.1, image_size=64)
+SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3)
+
+# a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
+METHOD = (
+    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum lr wd warmup "
+    "image_size precision seed"
+).split()
+
+
+class TrainError(Exception):
+    """One line for the user."""
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--arch", choices=list(clip_model.ARCHS), default="vit_b32")
+    add("--data", default="shapes", help="shapes[:N], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders")
+    add("--val-data", help="the same kinds; class folders: zero-shot, pairs: retrieval (built-in data: its own)")
+    add("--img-key", default="filepath", help="column of a CSV")
+    add("--caption-key", default="title", help="column of a CSV")
+    add("--mismatch", type=float, default=0.0, help="share of the captions to shuffle, to measure what SCAN finds")
+    # SCAN
+    add("--prune", type=float, default=0.3, help="rho: average share left out per round; 0 trains on the full data")
+    add("--rho-red", type=float, help="share marked redundant, if not --prune")
+    add("--rho-ill", type=float, help="share marked ill-matched, if not --prune")
+    add("--t-cos", type=int, default=3, help="mutation epochs per round")
+    add("--warmup-threshold", type=float, default=0.3, help="T_td: relative drop of the epoch loss")
+    add("--warmup-rule", choices=["stable", "printed"], default="stable")
+    add("--keep", help="train on these ids only (.npy), a static coreset")
+    # optimisation; defaults depend on the arch and the data
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="global: over all ranks")
+    add("--accum", type=int, default=1, help="micro-batches per step, exact: all negatives, two forward passes")
+    add("--lr", type=float, help="peak")
+    add("--wd", type=float)
+    add("--warmup", type=float, help="of the learning rate, in epochs (fractions allowed)")
+    add("--image-size", type=int)
+    # running
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU that has it")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, from 5,000 steps on")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--workers", type=int, help="loading processes per rank")
+    add("--eval-every", type=int, default=5, help="epochs; 0: at the end only")
+    add("--save-every", type=int, default=0, help="steps between checkpoints, besides the one after each epoch")
+    add("--max-bad", type=float, default=0.01, help="share of unreadable samples that ends the run")
+    add("--seed", type=int, default=0)
+    add("--vocab", help="bpe_simple_vocab_16e6.txt.gz for CLIP's tokens; without it, hashed words")
+    add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
+    args = parser.parse_args(argv)
+
+    shapes = args.data.startswith("shapes")
+    defaults = (SHAPES_TINY if args.arch == "vit_tiny" else SHAPES) if shapes else RECIPES[args.arch]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.rho_red = args.prune if args.rho_red is None else args.rho_red
+    args.rho_ill = args.prune if args.rho_ill is None else args.rho_ill
+    args.out = args.out or f"runs/{args.arch}-prune{args.prune:g}-seed{args.seed}"
+    if args.workers is None:
+        args.workers = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if args.val_data is None and shapes:
+        args.val_data = "shapes"
+
+    def need(ok, flag, what):
+        if not ok:
+            parser.error(f"--{flag.replace('_', '-')} must be {what}, got {getattr(args, flag)}")
+
+    for flag in ("prune", "rho_red", "rho_ill"):
+        need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
+    if args.rho_red + args.rho_ill > 1:
+        parser.error(f"redundant and ill-matched shares sum to {args.rho_red + args.rho_ill:g}, more than 1")
+    for flag in ("t_cos", "epochs", "accum", "image_size"):
+        need(getattr(args, flag) >= 1, flag, "at least 1")
+    for flag in ("workers", "eval_every", "save_every", "seed"):
+        need(getattr(args, flag) >= 0, flag, "at least 0")
+    for flag in ("mismatch", "max_bad"):
+        need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
+    for flag in ("lr", "wd", "warmup"):
+        value = getattr(args, flag)
+        need(value is None or 0 <= value < math.inf, flag, "a finite number of at least 0")
+    need(math.isfinite(args.warmup_threshold), "warmup_threshold", "finite")
+    need(args.warmup is None or args.warmup <= args.epochs, "warmup", f"at most the {args.epochs} epochs")
+    need(args.batch_size >= 2, "batch_size", "at least 2: a contrastive loss needs negatives")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    need(args.batch_size % (world * args.accum) == 0, "batch_size", f"divisible by {world} rank(s) x {args.accum} --accum")
+    patch = clip_model.ARCHS[args.arch]["vision"].get("patch", 32)
+    need(args.image_size % patch == 0, "image_size", f"a multiple of {patch} for {args.arch}")
+    if args.accum > 1 and not args.arch.startswith("vit"):
+        parser.error(f"--accum: not exact with the BatchNorm or stochastic depth of {args.arch}; use more ranks instead")
+    return args
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def start_ranks(args):
+    """-> rank, world size, device; from torchrun's environment, or one process without it."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if cuda and local >= torch.cuda.device_count():
+        raise TrainError(f"rank {rank} finds no GPU {local} here: start one rank per GPU, or use --device cpu")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C on any rank, agreed upon by all at the same step, without making anybody wait.
+
+    Each step starts a reduction of one flag on the hosts and reads the result of the step before.
+    """
+
+    def __init__(self, world):
+        self.asked = False
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.pending = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __call__(self):
+        if self.group is None:
+            return self.asked
+        before, flag = self.pending, torch.tensor(int(self.asked))
+        self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1])
+
+
+def check_ranks_agree(what, values, device):
+    """Fail loudly if a tensor differs between the ranks (one hash each is compared)."""
+    if not dist.is_initialized():
+        return
+    digest = hashlib.sha256(values.numpy().tobytes()).digest()
+    mine = torch.tensor(int.from_bytes(digest[:8], "little") >> 1, device=device)
+    low, high = mine.clone(), mine.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    if low != high:
+        raise TrainError(f"the ranks disagree on the {what}: do they see the same data and run the same code?")
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+def learning_rate(epoch, args):
+    """Peak rate after a linear warm-up, then a cosine to 0; `epoch` is fractional, so shorter epochs never bend it."""
+    if epoch < args.warmup:
+        return args.lr * epoch / args.warmup
+    done = (epoch - args.warmup) / max(args.epochs - args.warmup, 1e-9)
+    return args.lr * (1 + math.cos(math.pi * min(done, 1))) / 2
+
+
+def make_optimizer(model, args, device):
+    # weight matrices decay; biases, norms, the class token and the logit scale do not
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    betas, eps = ((0.9, 0.98), 1e-6) if args.arch.startswith("vit") else ((0.9, 0.999), 1e-8)
+    groups = [{"params": decay, "weight_decay": args.wd}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=device.type == "cuda")
+
+
+def clip_losses(image, text, scale):
+    """Both directions of Eq. 1, one loss per sample."""
+    return info_nce(image, text, scale), info_nce(text, image, scale)
+
+
+def forward_backward(model, images, tokens, autocast):
+    """One pass over the local batch -> per-sample losses of both directions, detached; gradients are in place."""
+    with autocast:
+        features = model(images, tokens)
+    a, b = clip_losses(*features)
+    ((a + b) / 2).mean().backward()
+    return a.detach(), b.detach(), features
+
+
+def forward_backward_accumulated(model, images, tokens, autocast, accum):
+    """The same losses and gradients with the memory of one micro-batch, in two passes.
+
+    First all features without a graph: with them the loss of the full global batch, and its gradient with respect to
+    each feature. Then every micro-batch again, with its graph, to carry those gradients on to the parameters.
+    """
+    chunks = list(zip(images.chunk(accum), tokens.chunk(accum), strict=True))
+    core = getattr(model, "module", model)
+    with torch.no_grad(), autocast:
+        parts = [core(*chunk) for chunk in chunks]
+    features = [torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), parts[0][2]]
+    features = [f.detach().requires_grad_() for f in features]
+    a, b = clip_losses(*features)
+    ((a + b) / 2).mean().backward()
+    gradients = zip(features[0].grad.chunk(accum), features[1].grad.chunk(accum), strict=True)
+    for k, (chunk, (image_grad, text_grad)) in enumerate(zip(chunks, gradients, strict=True)):
+        last = k == accum - 1
+        with contextlib.nullcontext() if last or core is model else model.no_sync():  # ranks average once
+            with autocast:
+                image, text, scale = model(*chunk)
+            torch.autograd.backward([image, text, scale], [image_grad, text_grad, features[2].grad / accum])
+    return a.detach(), b.detach(), features
+
+
+# ---------------------------------------------------------------- checkpoints and log
+
+
+def save(out, checkpoint):
+    """last.pt is replaced at once or not at all; the one before it stays as prev.pt."""
+    last, prev, new = (os.path.join(out, name) for name in ("last.pt", "prev.pt", "new.pt"))
+    try:
+        with open(new, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(last):
+            os.replace(last, prev)
+        os.replace(new, last)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(new)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise TrainError(f"{last}: cannot be written ({reason}); the checkpoint before it is intact") from None
+
+
+def load(out, say):
+    """The newest whole checkpoint of a folder, or None."""
+    damaged = []
+    for name in ("last.pt", "prev.pt"):
+        path = os.path.join(out, name)
+        if os.path.exists(path):
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                if damaged:
+                    say(f"{damaged[0]} is damaged: going on from {path}")
+                return checkpoint
+            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError):
+                damaged.append(path)
+    if damaged:
+        raise TrainError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
+    return None
+
+
+def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
+    for name in METHOD:
+        before, now = checkpoint["args"].get(name), getattr(args, name)
+        if before != now:
+            raise TrainError(
+                f"{args.out} holds a run with --{name.replace('_', '-')} {before}, this one has {now}: choose another --out"
+            )
+    if checkpoint["tokenizer"] != tokenizer.name:
+        raise TrainError(f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out")
+    if checkpoint["data"] != {"size": size, "hash": fingerprint}:
+        raise TrainError(
+            f"{args.out} was trained on other data ({checkpoint['data']['size']:,} samples, hash "
+            f"{checkpoint['data']['hash']}; now {size:,}, {fingerprint}): choose another --out"
+        )
+
+
+class Log:
+    """log.jsonl, one record a line. Records of epochs that are run again are dropped first."""
+
+    def __init__(self, out, epochs_done, write):
+        self.path, self.write, self.records = os.path.join(out, "log.jsonl"), write, []
+        if os.path.exists(self.path) and epochs_done:
+            with open(self.path, encoding="utf-8") as file:
+                for line in file:
+                    with contextlib.suppress(ValueError):  # a line cut short by a kill
+                        record = json.loads(line)
+                        if record["epoch"] < epochs_done:
+                            self.records.append(record)
+        if write:
+            with open(self.path + ".new", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in self.records)
+            os.replace(self.path + ".new", self.path)
+
+    def add(self, record):
+        self.records.append(record)
+        if self.write:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def found(scan, truth):
+    """How well the newest candidates match planted faults: share of the marked that are planted, and the reverse."""
+    result = {}
+    for kind, planted in truth.items():
+        marked, planted = getattr(scan, kind)[:-1].cpu(), torch.from_numpy(planted)
+        hits = int((marked & planted).sum())
+        result[kind] = {
+            "precision": round(hits / max(int(marked.sum()), 1), 4),
+            "recall": round(hits / max(int(planted.sum()), 1), 4),
+            "marked": round(marked.double().mean().item(), 4),
+            "planted": round(planted.double().mean().item(), 4),
+        }
+    return result
+
+
+def print_table(log, args, say):
+    """What a run ends with: epochs, what SCAN saved, what it found, and how good the model is."""
+    epochs = [r for r in log.records if r["event"] == "epoch"]
+    say(f"\n{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}")
+    for r in epochs:
+        say(f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss']:>8.4f} {r['seconds']:>8.1f}")
+    if not epochs:
+        return
+    full_epoch = epochs[0]["total"] // args.batch_size * args.batch_size
+    seen, full = epochs[-1]["samples_seen"], len(epochs) * full_epoch
+    seconds = sum(r["seconds"] for r in epochs)
+    say(f"\nsamples seen {seen:,} of {full:,}: {1 - seen / full:.1%} saved")
+    unpruned = [r["seconds"] / r["samples"] for r in epochs if r["stage"] != "mutation"]
+    time_full = float(np.median(unpruned)) * full
+    say(
+        f"training {seconds:,.0f} s; all epochs at the pace of the full ones {time_full:,.0f} s: "
+        f"{1 - seconds / time_full:.1%} saved, {sum(r['data_seconds'] for r in epochs) / seconds:.0%} waiting for data"
+    )
+    planted = [r["found"] for r in epochs if r.get("found")]
+    if planted:
+        say("planted faults among the candidates of the last round (chance: recall = share marked)")
+        for kind, f in planted[-1].items():
+            say(
+                f"  {kind.replace('_', '-'):<12} recall {f['recall']:.1%}, precision {f['precision']:.1%} "
+                f"({f['marked']:.1%} of the data marked, {f['planted']:.1%} planted)"
+            )
+    for r in [r for r in log.records if r["event"] == "eval"][-1:]:
+        say("  ".join(f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}" for k, v in r.items() if k not in ("event", "epoch")))
+
+
+class ProgressLine:
+    """Live on a terminal; elsewhere a plain line every 15 seconds."""
+
+    def __init__(self, show):
+        self.show, self.live = show, sys.stdout.isatty()
+        self.next, self.every = time.monotonic() + 1, 0.5 if sys.stdout.isatty() else 15
+
+    def __call__(self, text):
+        if self.show and time.monotonic() >= self.next:
+            self.next = time.monotonic() + self.every
+            print(f"\r{text():<100}" if self.live else text(), end="" if self.live else "\n", flush=True)
+
+    def clear(self):
+        if self.show and self.live:
+            print(f"\r{'':<100}\r", end="", flush=True)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def train(args, rank, world, device):
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
+
+    torch.manual_seed(args.seed)  # initial weights; what is random later has seeds of its own
+    tokenizer = evaluation.tokenizer_for(args.vocab)
+    source = open_data(args.data, True, args)
+    dataset = data.Pairs(
+        source,
+        tokenizer,
+        data.train_transform(args.image_size),
+        draft=math.ceil(args.image_size / math.sqrt(0.9)),  # the smallest crop still covers the image size
+        seed=args.seed,
+        mismatch=args.mismatch,
+    )
+    fingerprint, total = dataset.fingerprint(), len(dataset)
+    check_ranks_agree("data", torch.tensor(list(fingerprint.encode())), device)
+    val = open_data(args.val_data, False, args) if args.val_data else None
+    keep = read_keep(args.keep, total)
+    steps_full = int(keep.sum()) // args.batch_size
+    if steps_full < 1:
+        raise TrainError(f"{int(keep.sum())} samples do not fill one global batch: use a smaller --batch-size")
+    worst = int(keep.sum()) - int((args.rho_red + args.rho_ill) * total)  # kept in the last mutation epoch, at least
+    if worst < args.batch_size:
+        raise TrainError(
+            f"pruning may leave {max(worst, 0)} samples, less than one global batch of {args.batch_size}: "
+            "use a smaller --batch-size or --prune"
+        )
+    if args.warmup is None:  # the paper's 10k steps, on small data a twentieth of the run
+        args.warmup = round(min(10_000 / steps_full, 0.05 * args.epochs), 4)
+
+    model = clip_model.create(args.arch, args.image_size, tokenizer.vocab_size).to(device)
+    optimizer = make_optimizer(model, args, device)
+    scan = Scan(
+        total,
+        rho_red=args.rho_red,
+        rho_ill=args.rho_ill,
+        t_cos=args.t_cos,
+        threshold=args.warmup_threshold,
+        rule=args.warmup_rule,
+        seed=args.seed,
+    )
+
+    if rank == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+        except OSError as error:
+            raise TrainError(f"--out {args.out}: {error.strerror}") from None
+    first_epoch, start_step = 0, 0
+    totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}  # of the epoch under way
+    samples_seen = 0
+    if world > 1:
+        dist.barrier()  # --out exists
+    checkpoint = load(args.out, say)
+    if checkpoint:
+        refuse_other_run(checkpoint, args, tokenizer, fingerprint, total)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scan.load_state_dict(checkpoint["scan"])
+        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
+        totals, samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
+    log = Log(args.out, first_epoch, write=rank == 0)
+
+    bf16 = args.precision == "bf16" or (
+        args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    compiled = args.compile == "on" or (
+        args.compile == "auto" and device.type == "cuda" and steps_full * args.epochs >= 5_000
+    )
+    module = torch.compile(model) if compiled else model
+    if world > 1:
+        module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    sampler = ScanSampler(args.batch_size, rank, world, seed=args.seed)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=data.collate,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+    )
+    stop = StopSignal(world)
+    line = ProgressLine(rank == 0)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"data      {args.data}: {total:,} pairs, hash {fingerprint}; text as {tokenizer.name}")
+    say(f"model     {args.arch}, {parameters / 1e6:.1f} M parameters, {args.image_size} px")
+    say(
+        f"running   {world} rank(s) on {device.type}, {'bf16' if bf16 else 'fp32'}{', compiled' if compiled else ''}, "
+        f"{args.workers} loading process(es) each, seed {args.seed}"
+    )
+    say(
+        f"batch     {args.batch_size} global = {args.batch_size // world} per rank x {world}; a model that knows nothing "
+        f"has loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
+    )
+    say(
+        f"rate      {args.lr:g} peak, {args.warmup:g} of {args.epochs} epochs warm-up, cosine; weight decay {args.wd:g}"
+    )
+    say(
+        f"pruning   {args.rho_red:.0%} redundant + {args.rho_ill:.0%} ill-matched marked per batch, "
+        f"{(args.rho_red + args.rho_ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs, after the warm-up"
+    )
+    say(f"writing   {args.out}/log.jsonl, last.pt" + (f"; resuming at epoch {first_epoch}" if checkpoint else ""))
+    if first_epoch >= args.epochs:
+        print_table(log, args, say)
+        say(f"\nThis run is finished. To start anew, remove {args.out} or choose another --out.")
+        return
+
+    def write_checkpoint(epoch, step):
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scan": scan.state_dict()}
+            state |= {"epoch": epoch, "step": step, "totals": totals, "samples_seen": samples_seen}
+            state |= {"args": vars(args), "tokenizer": tokenizer.name, "version": VERSION}
+            save(args.out, state | {"data": {"size": total, "hash": fingerprint}})
+
+    for epoch in range(first_epoch, args.epochs):
+        # SCAN decides what this epoch trains on: everything, or all but a random share of the candidates.
+        kept = scan.begin_epoch(epoch)
+        kept = kept[keep[kept]]
+        check_ranks_agree("kept samples", kept, device)
+        dataset.set_epoch(epoch)
+        sampler.set_epoch(epoch, kept, start_step)
+        steps = start_step + len(sampler)
+
+        model.train()
+        suspects = deque()  # steps whose losses the host has not looked at yet
+        began = waiting_since = time.monotonic()
+        seconds_before = totals["seconds"]
+        step = start_step
+        for ids, images, tokens, failed in loader:
+            totals["data_seconds"] += time.monotonic() - waiting_since
+            images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+            images = data.normalize(images)
+            rate = learning_rate(epoch + step / steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            torch.manual_seed(hash((args.seed, epoch, step, rank)))  # stochastic depth: no state to save
+
+            if args.accum > 1:
+                a, b, features = forward_backward_accumulated(module, images, tokens, autocast, args.accum)
+            else:
+                a, b, features = forward_backward(module, images, tokens, autocast)
+            scan.observe(ids, a, b)  # SCAN watches; the loss stays as it is
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+
+            step += 1
+            totals["samples"] += args.batch_size
+            totals["bad"] += [int(i) for i in failed if i >= 0 and i not in totals["bad"]]
+            if len(totals["bad"]) > args.max_bad * total:
+                places = "; ".join(source.where(i) for i in totals["bad"][:3])
+                raise TrainError(
+                    f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of {total:,}: {places}"
+                )
+            suspects.append((epoch, step, ids, to_host(torch.stack([x.detach().isfinite().all(-1) for x in features[:2]]))))
+            if len(suspects) > 4:
+                refuse_non_finite(suspects.popleft(), args.out)
+            totals["seconds"] = seconds_before + time.monotonic() - began
+            line(lambda: progress_text(epoch, args, step, steps, totals, scan, a, b, seconds_before, began, start_step))
+            stopping = stop()
+            if step < steps and (stopping or (args.save_every and step % args.save_every == 0)):
+                while suspects:
+                    refuse_non_finite(suspects.popleft(), args.out)
+                write_checkpoint(epoch, step)
+            if stopping and step < steps:
+                line.clear()
+                say(f"stopped in epoch {epoch} after step {step} of {steps}; the same command goes on from here")
+                return
+            waiting_since = time.monotonic()
+        while suspects:
+            refuse_non_finite(suspects.popleft(), args.out)
+        totals["seconds"] = seconds_before + time.monotonic() - began
+
+        scan.end_epoch()
+        check_ranks_agree("candidates", scan.redundant.cpu() * 2 + scan.ill_matched.cpu(), device)
+        bad = union_over_ranks(totals["bad"])
+        samples_seen += totals["samples"]
+        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage, "loss": round(scan.loss, 6)}
+        record |= {"kept": len(kept), "total": total, "samples": totals["samples"], "samples_seen": samples_seen}
+        record |= {"seconds": round(totals["seconds"], 3), "data_seconds": round(totals["data_seconds"], 3)}
+        record |= {"lr": rate, "candidates": len(scan.candidates)}
+        if scan.stage == "preparation" and dataset.truth:
+            record["found"] = found(scan, dataset.truth)
+        if bad:
+            record["bad"] = [source.where(i) for i in bad[:1000]]
+        log.add(record)
+        line.clear()
+        say(
+            f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  loss {scan.loss:.4f}  "
+            f"{totals['seconds']:.1f} s ({totals['data_seconds'] / totals['seconds']:.0%} data)"
+            + (f"  {len(bad)} unreadable" if bad else "")
+        )
+        last = epoch + 1 == args.epochs
+        if val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0)):
+            result = evaluate(model, tokenizer, val, device, args.workers)
+            log.add({"event": "eval", "epoch": epoch} | result)
+            say("    " + "  ".join(f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}" for k, v in result.items()))
+        start_step, totals = 0, {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}
+        write_checkpoint(epoch + 1, 0)
+        if stop():
+            say(f"stopped after epoch {epoch}; the same command goes on from here")
+            return
+    print_table(log, args, say)
+
+
+def open_data(spec, train_split, args):
+    """The first rank of a node indexes what is not indexed yet; the others then read its cache."""
+    turn = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not turn:
+        dist.barrier()
+    source = data.open_source(
+        spec, train=train_split, size=args.image_size, image_key=args.img_key, caption_key=args.caption_key
+    )
+    if dist.is_initialized() and turn:
+        dist.barrier()
+    return source
+
+
+def read_keep(path, total):
+    """Mask (N,) of the samples a static coreset keeps."""
+    if path is None:
+        return torch.ones(total, dtype=torch.bool)
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise TrainError(f"--keep {path}: not a .npy file of ids ({error})") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids) or ids.min() < 0 or ids.max() >= total:
+        raise TrainError(f"--keep {path}: needs a flat array of ids in 0..{total - 1}")
+    return torch.zeros(total, dtype=torch.bool).index_fill_(0, torch.from_numpy(ids.astype(np.int64)), True)
+
+
+def evaluate(model, tokenizer, val, device, workers):
+    """Zero-shot on labelled data, retrieval on pairs."""
+    model.eval()
+    protocol = evaluation.zeroshot if val.labels is not None else evaluation.retrieval
+    result = protocol(model, tokenizer, val, device, workers=workers)
+    return {k: v if k == "n" else round(v, 5) for k, v in result.items()}
+
+
+def ignore_signals(_):
+    """Ctrl-C reaches the loading processes too; the rank they belong to saves first, then ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def to_host(tensor):
+    """Start a copy to the host -> (copy, event that says when it is there)."""
+    if tensor.device.type == "cpu":
+        return tensor, None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
+
+
+def refuse_non_finite(suspect, out):
+    epoch, step, ids, (finite, event) = suspect
+    if event is not None:
+        event.synchronize()  # a few steps old: it has long happened
+    if not finite.all():
+        rows = (~finite.all(0)).nonzero().flatten()[:8]
+        raise TrainError(
+            f"not a finite feature in epoch {epoch}, step {step}, samples {ids[rows].tolist()}: stopped; "
+            f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
+        )
+
+
+def union_over_ranks(ids):
+    if not dist.is_initialized():
+        return sorted(ids)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ids)
+    return sorted(set().union(*everyone))
+
+
+def progress_text(epoch, args, step, steps, totals, scan, a, b, seconds_before, began, start_step):
+    elapsed = time.monotonic() - began
+    rate = (step - start_step) * args.batch_size / max(elapsed, 1e-9)
+    left = elapsed / max(step - start_step, 1) * (steps - step + (args.epochs - epoch - 1) * steps)
+    return (
+        f"epoch {epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  loss {((a + b) / 2).mean():.3f}  "
+        f"{rate:,.0f} samples/s  data {totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  "
+        f"left ~{left / 60:.0f} min"
+    )
+
+
+def main(argv=None):
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        sys.stderr.flush()
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # rank 0 speaks for all
+            args = parse_args(argv)
+    else:
+        args = parse_args(argv)
+    try:
+        train(args, *start_ranks(args))
+    except (TrainError, DataError, evaluation.EvalError) as error:
+        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
