@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 # Image tower, and (width, layers) of the text tower. Heads are width / 64.
 ARCHS = {
-    "vit_tiny": dict(embed_dim=128, vision=dict(width=192, layers=4, patch=8), text=(128, 3)),
+    "vit_tiny": dict(embed_dim=128, vision=dict(width=192, layers=4, patch=16), text=(128, 3)),
     "vit_s32": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=32), text=(384, 12)),
     "vit_s16": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=16), text=(384, 12)),
     "vit_b32": dict(embed_dim=512, vision=dict(width=768, layers=12, patch=32), text=(512, 12)),

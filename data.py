@@ -237,11 +237,9 @@ class Shapes:
         "pink": (245, 140, 190),
         "brown": (120, 70, 40),
     }
-    sizes = {"small": 0.2, "large": 0.33}
-    places = {"left": (0.35, 0.5), "right": (0.65, 0.5), "top": (0.5, 0.35), "bottom": (0.5, 0.65)}
-    grounds = {"white": (250, 250, 250), "grey": (170, 170, 170), "black": (20, 20, 20), "cyan": (150, 220, 225)}
+    grounds = {"white": (250, 250, 250), "grey": (170, 170, 170), "black": (20, 20, 20)}
     classes = [f"{colour} {shape}" for colour, shape in itertools.product(colours, shapes)]
-    templates = ["a {}", "a small {}", "a large {}", "a {} on white", "a {} on grey", "a {} on black"]
+    templates = [f"a {{}} on {ground}" for ground in grounds]
 
     def __init__(self, n, size=64, seed=0, train=True, ill_matched=0.1, duplicates=0.1):
         self.n, self.size, self.seed, self.train = n, size, seed, train
@@ -261,26 +259,26 @@ class Shapes:
         return self.n
 
     def _attributes(self, i, salt=0):
-        """(class, size, place, ground), all that the caption says; and the generator for what it does not."""
+        """(class, ground), all that the caption says; and the generator for what it does not."""
         rng = np.random.default_rng([self.seed, 2 + self.train, int(self.drawn_as[i]), salt])
         label = int(rng.integers(len(self.classes))) if self.train else int(i) % len(self.classes)
-        return label, *(list(x)[rng.integers(len(x))] for x in (self.sizes, self.places, self.grounds)), rng
+        return label, list(self.grounds)[rng.integers(len(self.grounds))], rng
 
     def caption(self, i):
-        label, size, place, ground, _ = self._attributes(i)
+        label, ground, _ = self._attributes(i)
         if self.train and self.truth["ill_matched"][i]:  # describes another picture, of another class
             salts = itertools.count(1)
-            label, size, place, ground, _ = next(
+            label, ground, _ = next(
                 other for other in (self._attributes(i, salt) for salt in salts) if other[0] != label
             )
-        return f"a {size} {self.classes[label]} on {ground}, {place}"
+        return f"a {self.classes[label]} on {ground}"
 
     def image(self, i, draft=None):
-        label, size, place, ground, rng = self._attributes(i)
+        label, ground, rng = self._attributes(i)
         shape = self.shapes[label % len(self.shapes)]
         colour = list(self.colours.values())[label // len(self.shapes)]
-        angle, radius = rng.uniform(-0.3, 0.3), self.sizes[size] * rng.uniform(0.85, 1.15)
-        centre = np.array(self.places[place]) + rng.uniform(-0.06, 0.06, 2)
+        angle, radius = rng.uniform(-0.1, 0.1), rng.uniform(0.32, 0.4)
+        centre = 0.5 + rng.uniform(-0.04, 0.04, 2)
         canvas = 2 * self.size  # drawn twice as large and reduced, for smooth edges
         picture = Image.new("RGB", (canvas, canvas), self.grounds[ground])
         draw = ImageDraw.Draw(picture)
