@@ -46,7 +46,9 @@ class Attention(nn.Module):
     def forward(self, x):
         b, n, d = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (b, n, 3 d)
-        q, k, v = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (b, heads, n, d / heads)
+        q, k, v = qkv.view(b, n, 3, self.heads, d // self.heads).permute(
+            2, 0, 3, 1, 4
+        )  # (b, heads, n, d / heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(x.transpose(1, 2).reshape(b, n, d))
 
@@ -94,7 +96,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn((image_size // patch) ** 2 + 1, width))
+        self.positional_embedding = nn.Parameter(
+            width**-0.5 * torch.randn((image_size // patch) ** 2 + 1, width)
+        )
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, width // 64, act=act)
         self.ln_post = nn.LayerNorm(width)

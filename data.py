@@ -37,7 +37,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # Pillow's size guard: refuse, not warn
+warnings.filterwarnings(
+    "error", category=Image.DecompressionBombWarning
+)  # Pillow's size guard: refuse, not warn
 
 
 class DataError(Exception):
@@ -129,7 +131,10 @@ class BPE:
         symbols = [self._byte[b] for b in word.encode("utf-8", "replace")]
         symbols[-1] += "</w>"
         while len(symbols) > 1:
-            best = min(zip(symbols, symbols[1:], strict=False), key=lambda pair: self._rank.get(pair, len(self._rank)))
+            best = min(
+                zip(symbols, symbols[1:], strict=False),
+                key=lambda pair: self._rank.get(pair, len(self._rank)),
+            )
             if best not in self._rank:
                 break
             merged, i = [], 0
@@ -204,7 +209,8 @@ class Strings:
     def __init__(self, strings):
         joined, ends = bytearray(), [0]
         ends = np.fromiter(
-            (len(joined) for s in strings if joined.extend(s.encode("utf-8", "surrogateescape")) is None), np.int64
+            (len(joined) for s in strings if joined.extend(s.encode("utf-8", "surrogateescape")) is None),
+            np.int64,
         )
         self._bytes, self._ends = np.frombuffer(bytes(joined), np.uint8), np.concatenate([[0], ends])
 
@@ -315,7 +321,9 @@ class Shapes:
             polygon = [(stretch if k % 2 else 1, first + k * 4 * turn / corners) for k in range(corners)]
             draw.polygon(points(polygon), fill=colour)
         picture = picture.resize((self.size, self.size), Image.Resampling.BOX)
-        noise = np.random.default_rng([self.seed, 4 + self.train, int(i)]).normal(0, 6, (self.size, self.size, 3))
+        noise = np.random.default_rng([self.seed, 4 + self.train, int(i)]).normal(
+            0, 6, (self.size, self.size, 3)
+        )
         return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
 
     def where(self, i):
@@ -347,7 +355,9 @@ class Shards:
                 raise DataError(f"{path}: {error.strerror or error}") from None
             self.stamps.append((stat.st_size, stat.st_mtime_ns))
         self.first = np.cumsum([0] + [len(table) for table in tables])
-        self.table = np.concatenate(tables)  # (N, 6): offset and size of image, .txt, .json; size -1 if absent
+        self.table = np.concatenate(
+            tables
+        )  # (N, 6): offset and size of image, .txt, .json; size -1 if absent
         self._files = {}
         if not len(self.table):
             raise DataError(f"{paths[0]}: no sample with an image and a caption in {len(paths)} tar file(s)")
@@ -368,7 +378,9 @@ class Shards:
         file = self._files[shard]
         stat = os.fstat(file)
         if (stat.st_size, stat.st_mtime_ns) != self.stamps[shard]:
-            raise DataError(f"{self.paths[shard]}: changed since it was indexed; start again to index it anew")
+            raise DataError(
+                f"{self.paths[shard]}: changed since it was indexed; start again to index it anew"
+            )
         offset, size = (int(x) for x in self.table[i, 2 * part : 2 * part + 2])
         data = os.pread(file, min(size, limit or size), offset)
         while len(data) < min(size, limit or size):  # pread may return less, at most 2 GiB at a time
@@ -401,11 +413,18 @@ class Shards:
 
 def _tar_index(path, stat):
     """(n, 6) int64 byte ranges of a tar's samples, from the cache or from the tar itself."""
-    key = hashlib.sha256(f"1 {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(
+        f"1 {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()
+    ).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan" / f"{key}.npy"
     try:
         table = np.load(cache, allow_pickle=False)
-        if table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == 6 and _in_file(table, stat.st_size):
+        if (
+            table.dtype == np.int64
+            and table.ndim == 2
+            and table.shape[1] == 6
+            and _in_file(table, stat.st_size)
+        ):
             return table
     except (OSError, ValueError, EOFError):
         pass
@@ -430,9 +449,13 @@ def _tar_index(path, stat):
                 parts.add(part)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a whole tar file ({error}); fetch it again, or leave it out") from None
-    table = np.array([r for r in rows if r[1] >= 0 and (r[3] >= 0 or r[5] >= 0)], dtype=np.int64).reshape(-1, 6)
+    table = np.array([r for r in rows if r[1] >= 0 and (r[3] >= 0 or r[5] >= 0)], dtype=np.int64).reshape(
+        -1, 6
+    )
     if not _in_file(table, stat.st_size):
-        raise DataError(f"{path}: not a whole tar file (a member ends beyond it); fetch it again, or leave it out")
+        raise DataError(
+            f"{path}: not a whole tar file (a member ends beyond it); fetch it again, or leave it out"
+        )
     with contextlib.suppress(OSError):  # a cache that can't be written only costs time
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
@@ -609,7 +632,9 @@ class Pairs(Dataset):
         return len(self.source)
 
     def fingerprint(self):
-        return hashlib.sha256(f"{self.source.fingerprint()} {self.mismatch} {self.seed}".encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            f"{self.source.fingerprint()} {self.mismatch} {self.seed}".encode()
+        ).hexdigest()[:16]
 
     def set_epoch(self, epoch):
         """Before the loader's iterator starts."""

@@ -53,7 +53,9 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False):
             )
     elif isinstance(checkpoint, dict):
         if not arch:
-            raise EvalError(f"{path}: not a checkpoint of train.py; for an open_clip state dict give --arch (and --vocab)")
+            raise EvalError(
+                f"{path}: not a checkpoint of train.py; for an open_clip state dict give --arch (and --vocab)"
+            )
         weights = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
         image_size = image_size or 224
     else:
@@ -71,7 +73,9 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False):
 
 
 def _ranks():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
 
 
 def progress(text):
@@ -86,7 +90,9 @@ def image_features(encode, source, size, device, batch_size=256, workers=0, mean
     rank, world = _ranks()
     mine = range(rank, len(source), world)
     pictures = data.Pictures(source, data.eval_transform(size))
-    loader = DataLoader(pictures, batch_size, sampler=mine, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        pictures, batch_size, sampler=mine, num_workers=workers, pin_memory=device.type == "cuda"
+    )
     parts = []
     for _, images in loader:
         images = data.normalize(images.to(device, non_blocking=True), mean_std)
@@ -137,7 +143,11 @@ def zeroshot(model, tokenizer, source, device, *, classes=None, templates=None, 
     labels = torch.as_tensor(source.labels)
     top = torch.cat([(part @ classifier.T).topk(min(5, len(classes))).indices for part in images.split(8192)])
     hits = top == labels[:, None]  # (N, 5)
-    return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(1).double().mean().item(), "n": len(labels)}
+    return {
+        "top1": hits[:, 0].double().mean().item(),
+        "top5": hits.any(1).double().mean().item(),
+        "n": len(labels),
+    }
 
 
 def retrieval(model, tokenizer, source, device, *, batch_size=256, workers=0, chunk=1024):
@@ -156,12 +166,16 @@ def retrieval(model, tokenizer, source, device, *, batch_size=256, workers=0, ch
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("zeroshot", "retrieval"):
         p = commands.add_parser(name)
         p.add_argument("--checkpoint", required=True, help="last.pt of a run, or an open_clip state dict")
-        p.add_argument("--data", default="shapes" if name == "zeroshot" else None, required=name == "retrieval")
+        p.add_argument(
+            "--data", default="shapes" if name == "zeroshot" else None, required=name == "retrieval"
+        )
         p.add_argument("--arch", choices=list(clip_model.ARCHS), help="of an open_clip state dict")
         p.add_argument("--image-size", type=int, help="of an open_clip state dict (224)")
         p.add_argument("--quick-gelu", action="store_true", help="for OpenAI's own weights")
@@ -169,10 +183,14 @@ def parse_args(argv=None):
         p.add_argument("--batch-size", type=int, default=256)
         p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1) - 1)
         p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    commands.choices["zeroshot"].add_argument("--classnames", help='one a line, or "imagenet" (torchvision\'s names)')
+    commands.choices["zeroshot"].add_argument(
+        "--classnames", help='one a line, or "imagenet" (torchvision\'s names)'
+    )
     commands.choices["zeroshot"].add_argument("--templates", help="one a line, {} for the name")
     for key in ("img", "caption"):
-        commands.choices["retrieval"].add_argument(f"--{key}-key", default={"img": "filepath", "caption": "title"}[key])
+        commands.choices["retrieval"].add_argument(
+            f"--{key}-key", default={"img": "filepath", "caption": "title"}[key]
+        )
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
@@ -207,7 +225,9 @@ def run(args):
     if args.command == "zeroshot":
         classes = source.classes
         if source.labels is None:
-            raise EvalError(f"--data {args.data}: zero-shot needs labels, as in class folders; for pairs use retrieval")
+            raise EvalError(
+                f"--data {args.data}: zero-shot needs labels, as in class folders; for pairs use retrieval"
+            )
         if args.classnames == "imagenet":
             from torchvision.models import ViT_B_16_Weights
 

@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-
 # ---------------------------------------------------------------- Eq. 1: one InfoNCE loss per sample
 
 
@@ -74,7 +73,9 @@ def info_nce(query, key, scale):
     precision makes ties, and the ranking of the losses is what SCAN lives on.
     """
     if query.ndim != 2 or query.shape != key.shape:
-        raise ValueError(f"query and key must both be (batch, dim), got {tuple(query.shape)}, {tuple(key.shape)}")
+        raise ValueError(
+            f"query and key must both be (batch, dim), got {tuple(query.shape)}, {tuple(key.shape)}"
+        )
     with torch.autocast(query.device.type, enabled=False):
         query, key = query.float(), key.float()
         keys = _AllGather.apply(key) if _distributed() else key  # (B, d)
@@ -99,7 +100,9 @@ def select_candidates(loss_a, loss_b, rho_red, rho_ill, generator=None):
     """
     _check_ratios(rho_red, rho_ill)
     if loss_a.ndim != 1 or loss_a.shape != loss_b.shape:
-        raise ValueError(f"need two (batch,) loss vectors, got {tuple(loss_a.shape)} and {tuple(loss_b.shape)}")
+        raise ValueError(
+            f"need two (batch,) loss vectors, got {tuple(loss_a.shape)} and {tuple(loss_b.shape)}"
+        )
     loss_a, loss_b = loss_a.detach().float(), loss_b.detach().float()
     size, device = len(loss_a), loss_a.device
     finite = loss_a.isfinite() & loss_b.isfinite()
@@ -125,7 +128,9 @@ def select_candidates(loss_a, loss_b, rho_red, rho_ill, generator=None):
 
 def _check_ratios(rho_red, rho_ill):
     if not (rho_red >= 0 and rho_ill >= 0 and rho_red + rho_ill <= 1):
-        raise ValueError(f"ratios must be >= 0 and sum to at most 1, got redundant {rho_red}, ill-matched {rho_ill}")
+        raise ValueError(
+            f"ratios must be >= 0 and sum to at most 1, got redundant {rho_red}, ill-matched {rho_ill}"
+        )
 
 
 # ---------------------------------------------------------------- Sect. 3.3: when, and how much
@@ -171,14 +176,25 @@ class Scan:
     """
 
     def __init__(
-        self, num_samples, prune=0.3, rho_red=None, rho_ill=None, t_cos=3, threshold=0.3, rule="stable", seed=0
+        self,
+        num_samples,
+        prune=0.3,
+        rho_red=None,
+        rho_ill=None,
+        t_cos=3,
+        threshold=0.3,
+        rule="stable",
+        seed=0,
     ):
         self.num_samples = num_samples
         self.rho_red = prune if rho_red is None else rho_red
         self.rho_ill = prune if rho_ill is None else rho_ill
         self.t_cos, self.threshold, self.rule, self.seed = t_cos, threshold, rule, seed
         _check_ratios(self.rho_red, self.rho_ill)
-        prune_ratio(0, t_cos), warmed_up(1.0, 1.0, threshold, rule)  # refuse bad settings now, not epochs later
+        (
+            prune_ratio(0, t_cos),
+            warmed_up(1.0, 1.0, threshold, rule),
+        )  # refuse bad settings now, not epochs later
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
 
@@ -186,7 +202,10 @@ class Scan:
         self.epoch, self.open, self.step = None, False, 0  # open: between begin_epoch and end_epoch
         self.first_preparation = None  # epoch; None until warmed up
         self.loss = math.nan
-        self.loss_sum, self.loss_count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        self.loss_sum, self.loss_count = (
+            torch.zeros((), dtype=torch.float64),
+            torch.zeros((), dtype=torch.int64),
+        )
         # One flag per sample, and a spare place at the end that takes the writes of unmarked samples.
         self.redundant = torch.zeros(num_samples + 1, dtype=torch.bool)
         self.ill_matched = torch.zeros(num_samples + 1, dtype=torch.bool)
@@ -204,7 +223,9 @@ class Scan:
         observed is kept.
         """
         if self.open and epoch != self.epoch:
-            raise ValueError(f"epoch {self.epoch} has not ended: call end_epoch() before begin_epoch({epoch})")
+            raise ValueError(
+                f"epoch {self.epoch} has not ended: call end_epoch() before begin_epoch({epoch})"
+            )
         if not self.open and self.epoch is not None and epoch != self.epoch + 1:
             raise ValueError(f"epoch {self.epoch} was the last: the next is {self.epoch + 1}, not {epoch}")
 
@@ -285,7 +306,9 @@ class Scan:
     def load_state_dict(self, state):
         """Go on from `state_dict()`. The settings stay those of this object."""
         if state["num_samples"] != self.num_samples:
-            raise ValueError(f"this state is of {state['num_samples']} samples, the dataset has {self.num_samples}")
+            raise ValueError(
+                f"this state is of {state['num_samples']} samples, the dataset has {self.num_samples}"
+            )
         for name in self._progress:
             setattr(self, name, state[name])
         for name in self._tensors:
@@ -306,7 +329,9 @@ class ScanSampler:
 
     def __init__(self, global_batch_size, rank=None, world_size=None, seed=0):
         self.rank = (dist.get_rank() if _distributed() else 0) if rank is None else rank
-        self.world_size = (dist.get_world_size() if _distributed() else 1) if world_size is None else world_size
+        self.world_size = (
+            (dist.get_world_size() if _distributed() else 1) if world_size is None else world_size
+        )
         self.global_batch_size, self.seed = global_batch_size, seed
         self._ids, self._steps = None, None
         if not 0 <= self.rank < self.world_size:
@@ -317,13 +342,17 @@ class ScanSampler:
                 f"for {self.world_size} rank(s): a contrastive loss needs negatives"
             )
         if global_batch_size % self.world_size:
-            raise ValueError(f"the global batch, {global_batch_size}, must be divisible by {self.world_size} ranks")
+            raise ValueError(
+                f"the global batch, {global_batch_size}, must be divisible by {self.world_size} ranks"
+            )
 
     def set_epoch(self, epoch, kept_ids, start_step=0):
         """Must be called before every epoch. start_step: the steps of this epoch that are done already (resume)."""
         steps = len(kept_ids) // self.global_batch_size
         if steps < 1:
-            raise ValueError(f"{len(kept_ids)} kept samples do not fill one global batch of {self.global_batch_size}")
+            raise ValueError(
+                f"{len(kept_ids)} kept samples do not fill one global batch of {self.global_batch_size}"
+            )
         if not 0 <= start_step <= steps:
             raise ValueError(f"start_step {start_step} lies outside the {steps} steps of this epoch")
         kept_ids = torch.as_tensor(kept_ids, dtype=torch.int64)

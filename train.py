@@ -58,16 +58,35 @@ class TrainError(Exception):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--arch", choices=list(clip_model.ARCHS), default="vit_b32")
-    add("--data", default="shapes", help="shapes[:N], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders")
-    add("--val-data", help="the same kinds; class folders: zero-shot, pairs: retrieval (built-in data: its own)")
+    add(
+        "--data",
+        default="shapes",
+        help="shapes[:N], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders",
+    )
+    add(
+        "--val-data",
+        help="the same kinds; class folders: zero-shot, pairs: retrieval (built-in data: its own)",
+    )
     add("--img-key", default="filepath", help="column of a CSV")
     add("--caption-key", default="title", help="column of a CSV")
-    add("--mismatch", type=float, default=0.0, help="share of the captions to shuffle, to measure what SCAN finds")
+    add(
+        "--mismatch",
+        type=float,
+        default=0.0,
+        help="share of the captions to shuffle, to measure what SCAN finds",
+    )
     # SCAN
-    add("--prune", type=float, default=0.3, help="rho: average share left out per round; 0 trains on the full data")
+    add(
+        "--prune",
+        type=float,
+        default=0.3,
+        help="rho: average share left out per round; 0 trains on the full data",
+    )
     add("--rho-red", type=float, help="share marked redundant, if not --prune")
     add("--rho-ill", type=float, help="share marked ill-matched, if not --prune")
     add("--t-cos", type=int, default=3, help="mutation epochs per round")
@@ -77,18 +96,35 @@ def parse_args(argv=None):
     # optimisation; defaults depend on the arch and the data
     add("--epochs", type=int)
     add("--batch-size", type=int, help="global: over all ranks")
-    add("--accum", type=int, default=1, help="micro-batches per step, exact: all negatives, two forward passes")
+    add(
+        "--accum",
+        type=int,
+        default=1,
+        help="micro-batches per step, exact: all negatives, two forward passes",
+    )
     add("--lr", type=float, help="peak")
     add("--wd", type=float)
     add("--warmup", type=float, help="of the learning rate, in epochs (fractions allowed)")
     add("--image-size", type=int)
     # running
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU that has it")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, from 5,000 steps on")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: bf16 on a GPU that has it",
+    )
+    add(
+        "--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, from 5,000 steps on"
+    )
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--workers", type=int, help="loading processes per rank")
     add("--eval-every", type=int, default=5, help="epochs; 0: at the end only")
-    add("--save-every", type=int, default=0, help="steps between checkpoints, besides the one after each epoch")
+    add(
+        "--save-every",
+        type=int,
+        default=0,
+        help="steps between checkpoints, besides the one after each epoch",
+    )
     add("--max-bad", type=float, default=0.01, help="share of unreadable samples that ends the run")
     add("--seed", type=int, default=0)
     add("--vocab", help="bpe_simple_vocab_16e6.txt.gz for CLIP's tokens; without it, hashed words")
@@ -129,11 +165,17 @@ def parse_args(argv=None):
     need(args.warmup is None or args.warmup <= args.epochs, "warmup", f"at most the {args.epochs} epochs")
     need(args.batch_size >= 2, "batch_size", "at least 2: a contrastive loss needs negatives")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    need(args.batch_size % (world * args.accum) == 0, "batch_size", f"divisible by {world} rank(s) x {args.accum} --accum")
+    need(
+        args.batch_size % (world * args.accum) == 0,
+        "batch_size",
+        f"divisible by {world} rank(s) x {args.accum} --accum",
+    )
     patch = clip_model.ARCHS[args.arch]["vision"].get("patch", 32)
     need(args.image_size % patch == 0, "image_size", f"a multiple of {patch} for {args.arch}")
     if args.accum > 1 and not args.arch.startswith("vit"):
-        parser.error(f"--accum: not exact with the BatchNorm or stochastic depth of {args.arch}; use more ranks instead")
+        parser.error(
+            f"--accum: not exact with the BatchNorm or stochastic depth of {args.arch}; use more ranks instead"
+        )
     return args
 
 
@@ -142,10 +184,14 @@ def parse_args(argv=None):
 
 def start_ranks(args):
     """-> rank, world size, device; from torchrun's environment, or one process without it."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if cuda and local >= torch.cuda.device_count():
-        raise TrainError(f"rank {rank} finds no GPU {local} here: start one rank per GPU, or use --device cpu")
+        raise TrainError(
+            f"rank {rank} finds no GPU {local} here: start one rank per GPU, or use --device cpu"
+        )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -191,7 +237,9 @@ def check_ranks_agree(what, values, device):
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     if low != high:
-        raise TrainError(f"the ranks disagree on the {what}: do they see the same data and run the same code?")
+        raise TrainError(
+            f"the ranks disagree on the {what}: do they see the same data and run the same code?"
+        )
 
 
 # ---------------------------------------------------------------- optimisation
@@ -270,7 +318,9 @@ def save(out, checkpoint):
         with contextlib.suppress(OSError):
             os.remove(new)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise TrainError(f"{last}: cannot be written ({reason}); the checkpoint before it is intact") from None
+        raise TrainError(
+            f"{last}: cannot be written ({reason}); the checkpoint before it is intact"
+        ) from None
 
 
 def load(out, say):
@@ -299,7 +349,9 @@ def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
                 f"{args.out} holds a run with --{name.replace('_', '-')} {before}, this one has {now}: choose another --out"
             )
     if checkpoint["tokenizer"] != tokenizer.name:
-        raise TrainError(f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out")
+        raise TrainError(
+            f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out"
+        )
     if checkpoint["data"] != {"size": size, "hash": fingerprint}:
         raise TrainError(
             f"{args.out} was trained on other data ({checkpoint['data']['size']:,} samples, hash "
@@ -351,7 +403,9 @@ def print_table(log, args, say):
     epochs = [r for r in log.records if r["event"] == "epoch"]
     say(f"\n{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}")
     for r in epochs:
-        say(f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss']:>8.4f} {r['seconds']:>8.1f}")
+        say(
+            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss']:>8.4f} {r['seconds']:>8.1f}"
+        )
     if not epochs:
         return
     full_epoch = epochs[0]["total"] // args.batch_size * args.batch_size
@@ -373,23 +427,31 @@ def print_table(log, args, say):
                 f"({f['marked']:.1%} of the data marked, {f['planted']:.1%} planted)"
             )
     for r in [r for r in log.records if r["event"] == "eval"][-1:]:
-        say("  ".join(f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}" for k, v in r.items() if k not in ("event", "epoch")))
+        say(
+            "  ".join(
+                f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}"
+                for k, v in r.items()
+                if k not in ("event", "epoch")
+            )
+        )
 
 
 class ProgressLine:
     """Live on a terminal; elsewhere a plain line every 15 seconds."""
 
-    def __init__(self, show):
-        self.show, self.live = show, sys.stdout.isatty()
-        self.next, self.every = time.monotonic() + 1, 0.5 if sys.stdout.isatty() else 15
+    def __init__(self, rank):
+        self.live, self.mine = sys.stdout.isatty(), rank == 0
+        self.next = time.monotonic() + 1
 
-    def __call__(self, text):
-        if self.show and time.monotonic() >= self.next:
-            self.next = time.monotonic() + self.every
-            print(f"\r{text():<100}" if self.live else text(), end="" if self.live else "\n", flush=True)
+    def due(self):
+        return self.mine and time.monotonic() >= self.next
+
+    def show(self, text):
+        self.next = time.monotonic() + (0.5 if self.live else 15)
+        print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", flush=True)
 
     def clear(self):
-        if self.show and self.live:
+        if self.mine and self.live:
             print(f"\r{'':<100}\r", end="", flush=True)
 
 
@@ -418,8 +480,12 @@ def train(args, rank, world, device):
     keep = read_keep(args.keep, total)
     steps_full = int(keep.sum()) // args.batch_size
     if steps_full < 1:
-        raise TrainError(f"{int(keep.sum())} samples do not fill one global batch: use a smaller --batch-size")
-    worst = int(keep.sum()) - int((args.rho_red + args.rho_ill) * total)  # kept in the last mutation epoch, at least
+        raise TrainError(
+            f"{int(keep.sum())} samples do not fill one global batch: use a smaller --batch-size"
+        )
+    worst = int(keep.sum()) - int(
+        (args.rho_red + args.rho_ill) * total
+    )  # kept in the last mutation epoch, at least
     if worst < args.batch_size:
         raise TrainError(
             f"pruning may leave {max(worst, 0)} samples, less than one global batch of {args.batch_size}: "
@@ -481,7 +547,7 @@ def train(args, rank, world, device):
         worker_init_fn=ignore_signals,
     )
     stop = StopSignal(world)
-    line = ProgressLine(rank == 0)
+    line = ProgressLine(rank)
 
     parameters = sum(p.numel() for p in model.parameters())
     say(f"data      {args.data}: {total:,} pairs, hash {fingerprint}; text as {tokenizer.name}")
@@ -501,7 +567,10 @@ def train(args, rank, world, device):
         f"pruning   {args.rho_red:.0%} redundant + {args.rho_ill:.0%} ill-matched marked per batch, "
         f"{(args.rho_red + args.rho_ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs, after the warm-up"
     )
-    say(f"writing   {args.out}/log.jsonl, last.pt" + (f"; resuming at epoch {first_epoch}" if checkpoint else ""))
+    say(
+        f"writing   {args.out}/log.jsonl, last.pt"
+        + (f"; resuming at epoch {first_epoch}" if checkpoint else "")
+    )
     if first_epoch >= args.epochs:
         print_table(log, args, say)
         say(f"\nThis run is finished. To start anew, remove {args.out} or choose another --out.")
@@ -509,7 +578,11 @@ def train(args, rank, world, device):
 
     def write_checkpoint(epoch, step):
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scan": scan.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scan": scan.state_dict(),
+            }
             state |= {"epoch": epoch, "step": step, "totals": totals, "samples_seen": samples_seen}
             state |= {"args": vars(args), "tokenizer": tokenizer.name, "version": VERSION}
             save(args.out, state | {"data": {"size": total, "hash": fingerprint}})
@@ -535,7 +608,9 @@ def train(args, rank, world, device):
             rate = learning_rate(epoch + step / steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(hash((args.seed, epoch, step, rank)))  # stochastic depth: no state to save
+            torch.manual_seed(
+                hash((args.seed, epoch, step, rank)) % 2**63
+            )  # stochastic depth: no state to save
 
             if args.accum > 1:
                 a, b, features = forward_backward_accumulated(module, images, tokens, autocast, args.accum)
@@ -555,11 +630,19 @@ def train(args, rank, world, device):
                 raise TrainError(
                     f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of {total:,}: {places}"
                 )
-            suspects.append((epoch, step, ids, to_host(torch.stack([x.detach().isfinite().all(-1) for x in features[:2]]))))
+            suspects.append(
+                (
+                    epoch,
+                    step,
+                    ids,
+                    to_host(torch.stack([x.detach().isfinite().all(-1) for x in features[:2]])),
+                )
+            )
             if len(suspects) > 4:
                 refuse_non_finite(suspects.popleft(), args.out)
             totals["seconds"] = seconds_before + time.monotonic() - began
-            line(lambda: progress_text(epoch, args, step, steps, totals, scan, a, b, seconds_before, began, start_step))
+            if line.due():
+                line.show(progress_text(args, scan, totals, step, steps, a, b))
             stopping = stop()
             if step < steps and (stopping or (args.save_every and step % args.save_every == 0)):
                 while suspects:
@@ -567,7 +650,9 @@ def train(args, rank, world, device):
                 write_checkpoint(epoch, step)
             if stopping and step < steps:
                 line.clear()
-                say(f"stopped in epoch {epoch} after step {step} of {steps}; the same command goes on from here")
+                say(
+                    f"stopped in epoch {epoch} after step {step} of {steps}; the same command goes on from here"
+                )
                 return
             waiting_since = time.monotonic()
         while suspects:
@@ -579,7 +664,12 @@ def train(args, rank, world, device):
         bad = union_over_ranks(totals["bad"])
         samples_seen += totals["samples"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage, "loss": round(scan.loss, 6)}
-        record |= {"kept": len(kept), "total": total, "samples": totals["samples"], "samples_seen": samples_seen}
+        record |= {
+            "kept": len(kept),
+            "total": total,
+            "samples": totals["samples"],
+            "samples_seen": samples_seen,
+        }
         record |= {"seconds": round(totals["seconds"], 3), "data_seconds": round(totals["data_seconds"], 3)}
         record |= {"lr": rate, "candidates": len(scan.candidates)}
         if scan.stage == "preparation" and dataset.truth:
@@ -676,13 +766,12 @@ def union_over_ranks(ids):
     return sorted(set().union(*everyone))
 
 
-def progress_text(epoch, args, step, steps, totals, scan, a, b, seconds_before, began, start_step):
-    elapsed = time.monotonic() - began
-    rate = (step - start_step) * args.batch_size / max(elapsed, 1e-9)
-    left = elapsed / max(step - start_step, 1) * (steps - step + (args.epochs - epoch - 1) * steps)
+def progress_text(args, scan, totals, step, steps, a, b):
+    pace = totals["seconds"] / max(totals["samples"], 1)  # seconds a sample
+    left = ((steps - step) + (args.epochs - scan.epoch - 1) * steps) * args.batch_size * pace
     return (
-        f"epoch {epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  loss {((a + b) / 2).mean():.3f}  "
-        f"{rate:,.0f} samples/s  data {totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  "
+        f"epoch {scan.epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  loss {((a + b) / 2).mean():.3f}  "
+        f"{1 / max(pace, 1e-9):,.0f} samples/s  data {totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  "
         f"left ~{left / 60:.0f} min"
     )
 
