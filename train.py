@@ -418,13 +418,16 @@ def print_table(log, args, say):
         f"training {seconds:,.0f} s; all epochs at the pace of the full ones {time_full:,.0f} s: "
         f"{1 - seconds / time_full:.1%} saved, {sum(r['data_seconds'] for r in epochs) / seconds:.0%} waiting for data"
     )
-    planted = [r["found"] for r in epochs if r.get("found")]
-    if planted:
-        say("planted faults among the candidates of the last round (chance: recall = share marked)")
-        for kind, f in planted[-1].items():
+    rounds = [r["found"] for r in epochs if r.get("found")]
+    if rounds:
+        say("planted faults among the candidates, share found per round (by chance: the share marked)")
+        for kind in rounds[-1]:
+            recalls = [found[kind]["recall"] for found in rounds]
+            precision = np.mean([found[kind]["precision"] for found in rounds])
             say(
-                f"  {kind.replace('_', '-'):<12} recall {f['recall']:.1%}, precision {f['precision']:.1%} "
-                f"({f['marked']:.1%} of the data marked, {f['planted']:.1%} planted)"
+                f"  {kind.replace('_', '-'):<12}" + " ".join(f"{r:4.0%}" for r in recalls) + f"; mean recall "
+                f"{np.mean(recalls):.1%}, precision {precision:.1%} "
+                f"({rounds[-1][kind]['marked']:.1%} of the data marked, {rounds[-1][kind]['planted']:.1%} planted)"
             )
     for r in [r for r in log.records if r["event"] == "eval"][-1:]:
         say(
