@@ -1,7 +1,8 @@
-"""The CLIP models of the paper (Sect. 4.1): ViT, modified ResNet and Swin image towers with a causal text tower.
+"""The CLIP models of the paper (Sect. 4.1): ViT, ResNet and Swin image towers, and a causal text tower.
 
-Configurations and parameter names are those of open_clip and OpenAI's CLIP, so that weights go back and forth with
-`load_state_dict(strict=True)`. Needs torch; torchvision for swin_b. To use it elsewhere, copy the file:
+Configurations and parameter names are those of open_clip and OpenAI's CLIP, so that weights go back and
+forth with `load_state_dict(strict=True)`. Needs torch; torchvision for swin_b. To use it elsewhere, copy the
+file:
 
     model = create("vit_b32")
     image, text, scale = model(images, tokens)      # unit vectors (b, embed_dim), and exp(logit_scale)
@@ -236,16 +237,16 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def forward(self, images, tokens):
-        """-> unit vectors (b, embed_dim) of images and of texts, float32, and the logit scale exp(logit_scale)."""
+        """-> float32 unit vectors (b, embed_dim) of images and of texts, and exp(logit_scale)."""
         image = F.normalize(self.encode_image(images).float(), dim=-1)
         text = F.normalize(self.encode_text(tokens).float(), dim=-1)
         return image, text, self.logit_scale.exp()
 
 
 def create(arch, image_size=224, vocab_size=49408, context_length=77, quick_gelu=False):
-    """A CLIP model with random weights. arch: one of ARCHS. image_size: a multiple of the patch (ResNets, Swin: 32).
+    """A CLIP model with random weights. arch: one of ARCHS. image_size: a multiple of the patch, or of 32.
 
-    quick_gelu: the activation of OpenAI's own weights; open_clip's configurations of these names use plain GELU.
+    quick_gelu: the activation of OpenAI's own weights; open_clip's models of these names use plain GELU.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")

@@ -1,16 +1,16 @@
-"""Image-text data by random access: every sample has an int64 id, its position, and is read only when asked for.
+"""Image-text data by random access: a sample has an int64 id, its position, and is read when asked for.
 
-A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, and what is known of it: `truth` (planted
-faults), `classes` and `labels`. `open_source` picks one from a --data argument:
+A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, and what is known of it:
+`truth` (planted faults), `classes` and `labels`. `open_source` picks one from a --data argument:
 
     shapes:N                     captioned pictures, drawn on demand, with planted faults   Shapes
     cc3m/{00000..00331}.tar      img2dataset / webdataset shards; globs; A::B joins sets    Shards
     pairs.csv, pairs.tsv         columns filepath and title                                 Table
     DIR/                         class folders, as in ImageFolder                           Tree
 
-`Pairs` turns a source into a map-style dataset of augmented uint8 images and tokens. Nothing in it ever changes, and
-pruning lives in the sampler alone, so that pruned samples cost no read and no decoding. Needs torch, torchvision,
-numpy and Pillow.
+`Pairs` turns a source into a map-style dataset of augmented uint8 images and tokens. Nothing in it ever
+changes, and pruning lives in the sampler alone, so that pruned samples cost no read and no decoding. Needs
+torch, torchvision, numpy and Pillow.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ class DataError(Exception):
 class HashedWords:
     """Words hashed to token ids: a tokenizer with nothing to download. Different words rarely share an id.
 
-    NFKC, lower case; a word is a run of \\w, but each CJK character and each other non-space character is its own.
+    NFKC, lower case; a word is a run of \\w, but each CJK character and each other non-space character is
+    its own.
     """
 
     name, vocab_size, context_length = "hashed words", 49408, 77
@@ -67,10 +68,10 @@ class HashedWords:
 
 
 class BPE:
-    """CLIP's byte-pair encoding, from OpenAI's bpe_simple_vocab_16e6.txt.gz (or any file of the same form)."""
+    """CLIP's byte-pair encoding, from bpe_simple_vocab_16e6.txt.gz or a file of the same form."""
 
     context_length = 77
-    # what ftfy, which CLIP's tokenizer calls first, does to ordinary text: plain quotes, no ligatures, no wide forms
+    # what ftfy, called first by CLIP's tokenizer, does to ordinary text: plain quotes, no ligatures
     _plain = {c: "'" for c in (0x2BC, *range(0x2018, 0x201C))} | {c: '"' for c in range(0x201C, 0x2020)}
     _plain |= {
         c: unicodedata.normalize("NFKC", chr(c))
@@ -104,7 +105,7 @@ class BPE:
         self.name = f"bpe {hashlib.sha256(raw).hexdigest()[:16]}"
 
     def _words(self, text):
-        """Split as CLIP's pattern does: special words and contractions, runs of letters, single digits, the rest."""
+        """Split as CLIP does: special words and contractions, runs of letters, single digits, the rest."""
         at = 0
         while at < len(text):
             special = self._special.match(text, at)
@@ -166,8 +167,9 @@ def pad(tokens):
 
 
 def decode(data, draft=None):
-    """Bytes of an image file -> RGB picture, upright. draft: a JPEG may be decoded at 1/2, 1/4 .. of its size, if
-    its sides stay at least `draft`. Alpha is laid on white; 16-bit grey is scaled to 8; of animations the first frame.
+    """Bytes of an image file -> RGB picture, upright. draft: a JPEG may be decoded at 1/2, 1/4 .. of its
+    size, if its sides stay at least `draft`. Alpha is laid on white; 16-bit grey is scaled to 8; of
+    animations the first frame.
     """
     picture = Image.open(io.BytesIO(data))
     if draft:
@@ -227,9 +229,9 @@ class Strings:
 class Shapes:
     """Captioned drawings from (seed, id), of any number and size; 64 classes, colour x shape.
 
-    A tenth of the captions describe another picture (ill-matched), and a tenth of the samples are near-duplicates:
-    copies up to pixel noise, four to an original, with the same caption. `truth` holds both masks. Evaluation pictures
-    (train=False) are clean, balanced over the classes, and drawn from other seeds.
+    A tenth of the captions describe another picture (ill-matched), and a tenth of the samples are
+    near-duplicates: copies up to pixel noise, four to an original, with the same caption. `truth` holds both
+    masks. Evaluation pictures (train=False) are clean, balanced over the classes, and drawn from other seeds.
     """
 
     shapes = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "crescent")
@@ -336,9 +338,9 @@ class Shapes:
 class Shards:
     """img2dataset / webdataset tar files, read by position: never extracted, never streamed.
 
-    Each tar is indexed once; the index (byte offsets) is cached under $XDG_CACHE_HOME and belongs to one size and
-    modification time of the tar. A sample is a run of members of one key with an image and a .txt (or a .json with
-    "caption"). Links and folders in a tar are passed over.
+    Each tar is indexed once; the index (byte offsets) is cached under $XDG_CACHE_HOME and belongs to one
+    size and modification time of the tar. A sample is a run of members of one key with an image and a .txt
+    (or a .json with "caption"). Links and folders in a tar are passed over.
     """
 
     images = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -486,8 +488,10 @@ class Table:
                 if not fits:
                     found = max(columns.values(), key=len)
                     raise DataError(
-                        f"{path}: no columns {image_key!r} and {caption_key!r} in {found}; name yours with --img-key and "
-                        f"--caption-key. Expected, for example: {image_key},{caption_key} / images/1.jpg,a red car"
+                        f"{path}: no columns {image_key!r} and {caption_key!r} in {found}; name yours "
+                        f"with --img-key and "
+                        f"--caption-key. Expected, for example: {image_key},{caption_key} / "
+                        f"images/1.jpg,a red car"
                     )
                 names = columns[fits[0]]
                 image_column, caption_column = names.index(image_key), names.index(caption_key)
@@ -501,7 +505,8 @@ class Table:
                         if row:
                             if len(row) != len(names):
                                 raise DataError(
-                                    f"{path}, line {rows.line_num}: {len(row)} fields, the header has {len(names)}"
+                                    f"{path}, line {rows.line_num}: {len(row)} fields, the header has "
+                                    f"{len(names)}"
                                 )
                             captions.append(row[caption_column])
                             yield row[image_column]
@@ -586,7 +591,7 @@ def _expand(pattern):
 
 
 def open_source(spec, *, train=True, size=64, seed=0, image_key="filepath", caption_key="title"):
-    """A --data argument -> its source. size: edge of drawn pictures. Raises DataError with one line for the user."""
+    """A --data argument -> its source. size: edge of drawn pictures. Raises DataError."""
     if re.fullmatch(r"shapes(:\d+)?", spec):
         n = int(spec.partition(":")[2] or (1024 if train else 512))
         if n < 2:
@@ -599,7 +604,8 @@ def open_source(spec, *, train=True, size=64, seed=0, image_key="filepath", capt
     if os.path.isdir(spec):
         return Tree(spec, "train" if train else "val")
     raise DataError(
-        f"{spec}: neither shapes[:N], nor .tar files (braces, globs, A::B), nor a .csv/.tsv file, nor a folder of classes"
+        f"{spec}: neither shapes[:N], nor .tar files (braces, globs, A::B), nor a .csv/.tsv file, nor a "
+        f"folder of classes"
     )
 
 
@@ -607,11 +613,13 @@ def open_source(spec, *, train=True, size=64, seed=0, image_key="filepath", capt
 
 
 class Pairs(Dataset):
-    """Items (id, image, tokens, failed): the id of the sample really used, a uint8 (3, h, w) image, its token ids.
+    """Items (id, image, tokens, failed): the id really used, a uint8 (3, h, w) image, its token ids.
 
-    A sample that can't be read is replaced by the next id that can: its loss then goes to that id, and `failed` names
-    the id asked for (else -1). Augmentation depends on (seed, epoch, id) alone, so workers carry no state.
-    mismatch: a share of the samples whose captions are shuffled among them, alike for every seed; `truth` says which.
+    A sample that can't be read is replaced by the next id that can: its loss then goes to that id, and
+    `failed` names the id asked for (else -1). Augmentation depends on (seed, epoch, id) alone, so workers
+    carry no state.
+    mismatch: a share of the samples whose captions are shuffled among them, alike for every seed; `truth`
+        says which.
     """
 
     def __init__(self, source, tokenizer, transform, *, draft=None, seed=0, mismatch=0.0):
@@ -632,9 +640,7 @@ class Pairs(Dataset):
         return len(self.source)
 
     def fingerprint(self):
-        return hashlib.sha256(
-            f"{self.source.fingerprint()} {self.mismatch}".encode()
-        ).hexdigest()[:16]
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.mismatch}".encode()).hexdigest()[:16]
 
     def set_epoch(self, epoch):
         """Before the loader's iterator starts."""

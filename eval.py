@@ -5,9 +5,9 @@
     python eval.py retrieval --checkpoint runs/x/last.pt --data 'val-{00000..00003}.tar'
     torchrun --nproc_per_node 8 eval.py ...                                       # the same, shared out
 
-Prints a table and, as its last line, one JSON object: shares (not percent) and n, the images evaluated. ImageNet's
-names (--classnames imagenet) are torchvision's, and fit folders in the order of the 1000 wnids. A state dict of
-open_clip needs --arch, its vocabulary --vocab, and OpenAI's own weights --quick-gelu.
+Prints a table and, as its last line, one JSON object: shares (not percent) and n, the images evaluated.
+ImageNet's names (--classnames imagenet) are torchvision's, and fit folders in the order of the 1000 wnids. A
+state dict of open_clip needs --arch, its vocabulary --vocab, and OpenAI's own weights --quick-gelu.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def text_features(model, tokenizer, texts, device, batch_size=256):
 
 
 def zeroshot(model, tokenizer, source, device, *, classes=None, templates=None, batch_size=256, workers=0):
-    """Top-1 and top-5 of the class whose averaged prompt embedding is nearest (Sect. 4.1) -> dict of shares."""
+    """Top-1 and top-5 of the classes whose averaged prompt embeddings are nearest -> dict of shares."""
     classes = classes or source.classes
     templates = templates or getattr(source, "templates", ["a photo of a {}."])
     prompts = [template.replace("{}", name) for name in classes for template in templates]
@@ -151,7 +151,7 @@ def zeroshot(model, tokenizer, source, device, *, classes=None, templates=None, 
 
 
 def retrieval(model, tokenizer, source, device, *, batch_size=256, workers=0, chunk=1024):
-    """Recall at 1, 5 and 10 in both directions, in chunks -> dict of shares. Row i of both sides belong together."""
+    """Recall at 1, 5, 10 in both directions, in chunks; image i belongs to text i -> dict of shares."""
     images = image_features(model.encode_image, source, model.image_size, device, batch_size, workers)
     texts = text_features(model, tokenizer, [source.caption(i) for i in range(len(source))], device)
     result = {}

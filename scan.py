@@ -22,8 +22,8 @@ Epochs pass through three stages:
     mutation     t_cos epochs; each leaves out a fresh random share rho_cur of D'              Eq. 3
     ... then all data grow back, and the next preparation epoch starts a new round.            Sect. 3.3.2
 
-Everything here runs alike in one process and under torch.distributed (gloo or NCCL): every rank holds the same
-state and takes the same decisions, because losses are gathered and all random draws are seeded.
+Everything here runs alike in one process and under torch.distributed (gloo or NCCL): every rank holds the
+same state and takes the same decisions, because losses are gathered and all random draws are seeded.
 """
 
 import hashlib
@@ -64,13 +64,13 @@ def _gather(x):
 
 
 def info_nce(query, key, scale):
-    """One direction of Eq. 1, before the mean: the loss of each query against the keys of the whole global batch.
+    """One direction of Eq. 1, before the mean: each query against the keys of the whole global batch.
 
     query, key: (b, d) unit vectors of this rank, row i of both from the same sample; b is equal on all ranks.
     scale: 1 / temperature, a number or a 0-d tensor.
-    Returns (b,) float32. Its mean, backpropagated under DDP (which averages over ranks), gives exactly the gradient
-    of one process that holds the global batch. In float32 whatever autocast says: with scales up to 100, lower
-    precision makes ties, and the ranking of the losses is what SCAN lives on.
+    Returns (b,) float32. Its mean, backpropagated under DDP (which averages over ranks), gives exactly the
+    gradient of one process that holds the global batch. In float32 whatever autocast says: with scales up to
+    100, lower precision makes ties, and the ranking of the losses is what SCAN lives on.
     """
     if query.ndim != 2 or query.shape != key.shape:
         raise ValueError(
@@ -91,12 +91,13 @@ def info_nce(query, key, scale):
 def select_candidates(loss_a, loss_b, rho_red, rho_ill, generator=None):
     """Mark the redundant and the ill-matched samples of one global batch (Eq. 2).
 
-    loss_a, loss_b: (B,) losses of both directions, of the same B samples. rho_red, rho_ill: shares of the batch.
-    generator: a CPU torch.Generator for the top-up. Returns two boolean masks (B,), of int(rho B) samples each; they
-    may share samples. Non-finite losses are never marked. Nothing here makes the host wait for the GPU.
+    loss_a, loss_b: (B,) losses of both directions, of the same B samples. rho_red, rho_ill: shares of the
+    batch. generator: a CPU torch.Generator for the top-up. Returns two boolean masks (B,), of int(rho B)
+    samples each; they may share samples. Non-finite losses are never marked. Nothing here makes the host
+    wait for the GPU.
 
-    The paper merges the intersection of both directions, yet counts 2 rho B candidates in all: so we keep what both
-    directions chose, and top it up at random from what only one of them chose.
+    The paper merges the intersection of both directions, yet counts 2 rho B candidates in all: so we keep
+    what both directions chose, and top it up at random from what only one of them chose.
     """
     _check_ratios(rho_red, rho_ill)
     if loss_a.ndim != 1 or loss_a.shape != loss_b.shape:
@@ -149,7 +150,7 @@ def warmed_up(previous, current, threshold=0.3, rule="stable", eps=1e-8):
 
 
 def prune_ratio(epochs_since_preparation, t_cos=3):
-    """Eq. 3: the share of the candidates left out. 0, .25, .75, 1 and again from 0 for t_cos = 3; its mean is 1/2."""
+    """Eq. 3: the share of the candidates left out: 0, .25, .75, 1, 0, ... for t_cos = 3; mean 1/2."""
     if t_cos < 1:
         raise ValueError(f"t_cos must be at least 1, got {t_cos}")
     position = epochs_since_preparation % (t_cos + 1)  # 0 is a preparation epoch
@@ -169,10 +170,12 @@ class Scan:
     """Watches per-sample losses and says which samples to train on (Sect. 3.3, Fig. 2).
 
     num_samples: size N of the dataset; ids are positions 0 .. N-1.
-    prune: share of each global batch marked redundant, and the same share marked ill-matched; also the average share
-        of the data left out per round. rho_red and rho_ill set the two apart (Tables 7, 8): the average is their mean.
+    prune: share of each global batch marked redundant, and the same share marked ill-matched; also the
+        average share of the data left out per round. rho_red and rho_ill set the two apart (Tables 7, 8):
+        the average is then their mean.
     t_cos: mutation epochs per round. threshold, rule: see `warmed_up`. seed: of all random draws.
-    stage: "warm-up", "preparation" or "mutation", of the epoch begun last. loss: mean of the epoch ended last.
+    stage: "warm-up", "preparation" or "mutation", of the epoch begun last.
+    loss: mean of the epoch ended last.
     """
 
     def __init__(
@@ -213,14 +216,14 @@ class Scan:
 
     @property
     def candidates(self):
-        """Ids of D', the union of redundant and ill-matched of the newest round: int64, sorted, on the CPU."""
+        """Ids of D', redundant or ill-matched in the newest round: int64, sorted, on the CPU."""
         return (self.redundant | self.ill_matched)[:-1].nonzero().flatten().cpu()
 
     def begin_epoch(self, epoch):
         """Ids to train on in this epoch: int64, sorted, the same on every rank.
 
-        Epochs must follow one another. An epoch that is open already (state loaded in mid-epoch) goes on: what it
-        observed is kept.
+        Epochs must follow one another. An epoch that is open already (state loaded in mid-epoch) goes on:
+        what it observed is kept.
         """
         if self.open and epoch != self.epoch:
             raise ValueError(
@@ -250,10 +253,11 @@ class Scan:
 
     @torch.no_grad()
     def observe(self, ids, loss_a, loss_b):
-        """Take in one step, on every rank: the ids of this rank's samples and their losses in both directions.
+        """Take in one step, on every rank: ids of its samples and their losses in both directions.
 
-        ids: (b,) int64 (best on the CPU, where checking their range costs nothing). loss_a, loss_b: (b,), not yet
-        averaged. Gathers the global batch, so that all ranks rank the same losses. Never waits for the GPU.
+        ids: (b,) int64 (best on the CPU, where checking their range costs nothing). loss_a, loss_b: (b,),
+        not yet averaged. Gathers the global batch, so that all ranks rank the same losses. Never waits for
+        the GPU.
         """
         if not self.open:
             raise RuntimeError("observe() outside an epoch: call begin_epoch() first")
@@ -283,7 +287,7 @@ class Scan:
         self.step += 1
 
     def end_epoch(self):
-        """Close the epoch: its mean loss decides on the end of the warm-up; a preparation epoch is counted."""
+        """Close the epoch: its mean loss may end the warm-up; a preparation epoch is counted."""
         if not self.open:
             raise RuntimeError("end_epoch() without begin_epoch()")
         self.open = False
@@ -321,10 +325,11 @@ class Scan:
 
 
 class ScanSampler:
-    """Deals out the kept ids in global batches: a *batch* sampler, for DataLoader(dataset, batch_sampler=...).
+    """Deals out the kept ids in global batches: DataLoader(dataset, batch_sampler=ScanSampler(...)).
 
-    With the same seed, the global batch at step k holds the same ids whatever the number of ranks; rank r takes its
-    slice. Every rank has equally many steps, an incomplete last batch is left out, every epoch is reshuffled.
+    With the same seed, the global batch at step k holds the same ids whatever the number of ranks; rank r
+    takes its slice. Every rank has equally many steps, an incomplete last batch is left out, every epoch is
+    reshuffled.
     """
 
     def __init__(self, global_batch_size, rank=None, world_size=None, seed=0):
@@ -347,7 +352,7 @@ class ScanSampler:
             )
 
     def set_epoch(self, epoch, kept_ids, start_step=0):
-        """Must be called before every epoch. start_step: the steps of this epoch that are done already (resume)."""
+        """Must be called before every epoch. start_step: steps of it that are done already (resume)."""
         steps = len(kept_ids) // self.global_batch_size
         if steps < 1:
             raise ValueError(
@@ -378,15 +383,15 @@ class ScanSampler:
 
 
 def pruned_set(state, prune):
-    """Mask (N,) of the int(prune N) samples of one run that were most often candidates, ties broken at random."""
+    """Mask (N,) of a run's int(prune N) most frequent candidates, ties broken at random."""
     return _most_counted(state["counts"], int(prune * state["num_samples"]), state["seed"])
 
 
 def coreset(states, prune):
-    """Ids to keep as a static coreset, from the `Scan.state_dict()`s of several runs (Sect. 4.3): int64, sorted.
+    """Ids to keep, int64, sorted: a static coreset of several runs' `Scan.state_dict()`s (Sect. 4.3).
 
-    What every run pruned (the intersection of their pruned sets) is left out, topped up by the summed counts to
-    exactly int(prune N) samples.
+    What every run pruned (the intersection of their pruned sets) is left out, topped up by the summed counts
+    to exactly int(prune N) samples.
     """
     sizes = {state["num_samples"] for state in states}
     if len(sizes) != 1:

@@ -1,4 +1,4 @@
-"""Tests of SCAN: `pytest -q` (all), `pytest -q -m "not slow"` (seconds). They need nothing outside this folder."""
+"""Tests of SCAN: `pytest -q` (all), `pytest -q -m "not slow"` (seconds)."""
 
 import gzip
 import io
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -394,7 +395,14 @@ def test_text_padding_changes_nothing():
     torch.testing.assert_close(model.encode_text(tokens), model.encode_text(full), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch, keys", [("vit_tiny", "visual.transformer.resblocks.0.attn.in_proj_weight"), ("rn50", "visual.layer1.0.downsample.0.weight"), ("swin_b", "visual.head.weight")])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, keys",
+    [
+        ("vit_tiny", "visual.transformer.resblocks.0.attn.in_proj_weight"),
+        ("rn50", "visual.layer1.0.downsample.0.weight"),
+        ("swin_b", "visual.head.weight"),
+    ],
+)
 def test_models_give_unit_vectors_under_their_well_known_names(arch, keys):
     model = clip_model.create(arch, 64, vocab_size=50).eval()
     assert {keys, "token_embedding.weight", "text_projection", "logit_scale"} <= set(model.state_dict())
@@ -513,7 +521,8 @@ def test_truncated_tar_is_refused(tmp_path, cut):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("file;caption\na;b\n", "filepath"), ("filepath,title\n", "no rows"), ("", "filepath"), ("filepath,title\na\n", "line 2"),
+    ("file;caption\na;b\n", "filepath"), ("filepath,title\n", "no rows"), ("", "filepath"),
+    ("filepath,title\na\n", "line 2"),
 ])  # fmt: skip
 def test_wrong_tables_get_one_line(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
@@ -614,7 +623,8 @@ def test_mismatch_shuffles_its_share_and_keeps_the_truth():
 
 def test_hashed_words():
     words = data.HashedWords()
-    assert words("Red CIRCLE!").tolist() == [49406, *(1 + __import__("zlib").crc32(w) % 49405 for w in (b"red", b"circle", b"!")), 49407]  # fmt: skip
+    expected = [1 + zlib.crc32(word) % 49405 for word in (b"red", b"circle", b"!")]
+    assert words("Red CIRCLE!").tolist() == [49406, *expected, 49407]
     assert (
         len(words("日本語 ok")) == 2 + 4 and len(words("w " * 500)) == 77 and words("w " * 500)[-1] == 49407
     )
@@ -663,8 +673,9 @@ def colour_tree(tmp_path, names):
 def test_zero_shot_and_retrieval_against_known_answers(tmp_path):
     source = colour_tree(tmp_path / "tree", ["blue", "green", "red"])
     words, model = data.HashedWords(), Known()
-    solid = {c: torch.tensor(v, dtype=torch.uint8).view(1, 3, 1, 1) for c, v in (("blue", (0, 0, 255)), ("green", (0, 128, 0)), ("red", (255, 0, 0)))}  # fmt: skip
-    model.colours = {int(words(c)[1]): data.normalize(v)[0, :, 0, 0] for c, v in solid.items()}
+    solid = {"blue": (0, 0, 255), "green": (0, 128, 0), "red": (255, 0, 0)}
+    pixels = {name: torch.tensor(rgb, dtype=torch.uint8).view(1, 3, 1, 1) for name, rgb in solid.items()}
+    model.colours = {int(words(name)[1]): data.normalize(p).flatten() for name, p in pixels.items()}
     cpu = torch.device("cpu")
     assert evaluation.zeroshot(model, words, source, cpu, templates=["{}"]) == {
         "top1": 1.0,
@@ -675,7 +686,10 @@ def test_zero_shot_and_retrieval_against_known_answers(tmp_path):
         model, words, source, cpu, templates=["{}"], classes=["green", "blue", "red"]
     )
     assert swapped["top1"] == pytest.approx(1 / 3)
-    pairs = write_tar(tmp_path / "a.tar", [m for i, c in enumerate(solid) for m in ((f"{i}.png", jpeg(c, form="PNG")), (f"{i}.txt", c.encode()))])  # fmt: skip
+    members = []
+    for name in solid:
+        members += [(f"{name}.png", jpeg(name, form="PNG")), (f"{name}.txt", name.encode())]
+    pairs = write_tar(tmp_path / "a.tar", members)
     result = evaluation.retrieval(model, words, data.open_source(pairs), cpu, chunk=2)
     assert result["i2t_r1"] == result["t2i_r1"] == 1.0 and result["n"] == 3
 
@@ -735,7 +749,8 @@ def test_torchrun_trains_resumes_and_evaluates(tmp_path):
     ]
     killed = subprocess.Popen(
         [*launcher, *command, "--save-every", "1", "--out", str(cut)],
-        cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     for text in killed.stdout:

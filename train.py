@@ -1,12 +1,12 @@
-"""Train CLIP with SCAN: full data in warm-up and preparation epochs, a growing share left out in mutation epochs.
+"""Train CLIP with SCAN: full data in warm-up and preparation epochs, less of it in mutation epochs.
 
-    torchrun train.py --arch vit_b32 --prune 0.3                                   # built-in data, CPU or one GPU
+    torchrun train.py --arch vit_b32 --prune 0.3                  # built-in data; CPU or one GPU
     torchrun --nproc_per_node 8 train.py --arch vit_b32 --prune 0.3 \\
-        --data 'cc3m/{00000..00331}.tar' --val-data 'val/00000.tar'                 # one node, 8 GPUs
+        --data 'cc3m/{00000..00331}.tar' --val-data val/00000.tar  # one node, 8 GPUs
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
-    python train.py --arch vit_tiny --prune 0                                       # full data, the baseline
+    python train.py --arch vit_tiny --prune 0                     # full data, the baseline
 
-The same command again resumes from --out. To read the method itself, open scan.py; the loop that uses it is `train`.
+The same command again resumes from --out. The method itself is in scan.py; the loop that uses it is `train`.
 """
 
 import argparse
@@ -40,12 +40,14 @@ RECIPE = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224)
 RECIPES = {arch: RECIPE for arch in clip_model.ARCHS} | {
     "vit_tiny": dict(epochs=60, batch_size=128, lr=1e-3, wd=0.1, image_size=64)
 }
-SHAPES = dict(epochs=12, batch_size=64, lr=5e-4, wd=0.1, image_size=64)
-SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3)
+# The built-in data, on two CPU cores: so few steps that a large model needs a low rate.
+SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, wd=0.1, warmup=1.0, image_size=64)
+SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0)
 
 # a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
 METHOD = (
-    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum lr wd warmup "
+    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
+    "lr wd warmup "
     "image_size precision seed"
 ).split()
 
@@ -135,7 +137,7 @@ def parse_args(argv=None):
     defaults = (SHAPES_TINY if args.arch == "vit_tiny" else SHAPES) if shapes else RECIPES[args.arch]
     for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, min(value, args.epochs) if name == "warmup" else value)
     args.rho_red = args.prune if args.rho_red is None else args.rho_red
     args.rho_ill = args.prune if args.rho_ill is None else args.rho_ill
     args.out = args.out or f"runs/{args.arch}-prune{args.prune:g}-seed{args.seed}"
@@ -174,7 +176,8 @@ def parse_args(argv=None):
     need(args.image_size % patch == 0, "image_size", f"a multiple of {patch} for {args.arch}")
     if args.accum > 1 and not args.arch.startswith("vit"):
         parser.error(
-            f"--accum: not exact with the BatchNorm or stochastic depth of {args.arch}; use more ranks instead"
+            f"--accum: not exact with the BatchNorm or stochastic depth of {args.arch}; use more ranks "
+            f"instead"
         )
     return args
 
@@ -246,7 +249,7 @@ def check_ranks_agree(what, values, device):
 
 
 def learning_rate(epoch, args):
-    """Peak rate after a linear warm-up, then a cosine to 0; `epoch` is fractional, so shorter epochs never bend it."""
+    """Linear warm-up, then a cosine to 0; `epoch` is fractional, so shorter epochs never bend it."""
     if epoch < args.warmup:
         return args.lr * epoch / args.warmup
     done = (epoch - args.warmup) / max(args.epochs - args.warmup, 1e-9)
@@ -268,7 +271,7 @@ def clip_losses(image, text, scale):
 
 
 def forward_backward(model, images, tokens, autocast):
-    """One pass over the local batch -> per-sample losses of both directions, detached; gradients are in place."""
+    """-> per-sample losses of both directions, detached, and the features; gradients are in place."""
     with autocast:
         features = model(images, tokens)
     a, b = clip_losses(*features)
@@ -279,8 +282,9 @@ def forward_backward(model, images, tokens, autocast):
 def forward_backward_accumulated(model, images, tokens, autocast, accum):
     """The same losses and gradients with the memory of one micro-batch, in two passes.
 
-    First all features without a graph: with them the loss of the full global batch, and its gradient with respect to
-    each feature. Then every micro-batch again, with its graph, to carry those gradients on to the parameters.
+    First all features without a graph: with them the loss of the full global batch, and its gradient with
+    respect to each feature. Then every micro-batch again, with its graph, to carry those gradients on to the
+    parameters.
     """
     chunks = list(zip(images.chunk(accum), tokens.chunk(accum), strict=True))
     core = getattr(model, "module", model)
@@ -346,7 +350,8 @@ def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
         before, now = checkpoint["args"].get(name), getattr(args, name)
         if before != now:
             raise TrainError(
-                f"{args.out} holds a run with --{name.replace('_', '-')} {before}, this one has {now}: choose another --out"
+                f"{args.out} holds a run with --{name.replace('_', '-')} {before}, this one has {now}: "
+                f"choose another --out"
             )
     if checkpoint["tokenizer"] != tokenizer.name:
         raise TrainError(
@@ -384,7 +389,7 @@ class Log:
 
 
 def found(scan, truth):
-    """How well the newest candidates match planted faults: share of the marked that are planted, and the reverse."""
+    """How well the newest candidates match planted faults: precision, recall, and both shares."""
     result = {}
     for kind, planted in truth.items():
         marked, planted = getattr(scan, kind)[:-1].cpu(), torch.from_numpy(planted)
@@ -404,7 +409,8 @@ def print_table(log, args, say):
     say(f"\n{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}")
     for r in epochs:
         say(
-            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss']:>8.4f} {r['seconds']:>8.1f}"
+            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss']:>8.4f} "
+            f"{r['seconds']:>8.1f}"
         )
     if not epochs:
         return
@@ -416,7 +422,8 @@ def print_table(log, args, say):
     time_full = float(np.median(unpruned)) * full
     say(
         f"training {seconds:,.0f} s; all epochs at the pace of the full ones {time_full:,.0f} s: "
-        f"{1 - seconds / time_full:.1%} saved, {sum(r['data_seconds'] for r in epochs) / seconds:.0%} waiting for data"
+        f"{1 - seconds / time_full:.1%} saved, {sum(r['data_seconds'] for r in epochs) / seconds:.0%} "
+        f"waiting for data"
     )
     rounds = [r["found"] for r in epochs if r.get("found")]
     if rounds:
@@ -427,7 +434,8 @@ def print_table(log, args, say):
             say(
                 f"  {kind.replace('_', '-'):<12}" + " ".join(f"{r:4.0%}" for r in recalls) + f"; mean recall "
                 f"{np.mean(recalls):.1%}, precision {precision:.1%} "
-                f"({rounds[-1][kind]['marked']:.1%} of the data marked, {rounds[-1][kind]['planted']:.1%} planted)"
+                f"({rounds[-1][kind]['marked']:.1%} of the data marked, {rounds[-1][kind]['planted']:.1%} "
+                f"planted)"
             )
     for r in [r for r in log.records if r["event"] == "eval"][-1:]:
         say(
@@ -556,19 +564,23 @@ def train(args, rank, world, device):
     say(f"data      {args.data}: {total:,} pairs, hash {fingerprint}; text as {tokenizer.name}")
     say(f"model     {args.arch}, {parameters / 1e6:.1f} M parameters, {args.image_size} px")
     say(
-        f"running   {world} rank(s) on {device.type}, {'bf16' if bf16 else 'fp32'}{', compiled' if compiled else ''}, "
+        f"running   {world} rank(s) on {device.type}, "
+        f"{'bf16' if bf16 else 'fp32'}{', compiled' if compiled else ''}, "
         f"{args.workers} loading process(es) each, seed {args.seed}"
     )
     say(
-        f"batch     {args.batch_size} global = {args.batch_size // world} per rank x {world}; a model that knows nothing "
+        f"batch     {args.batch_size} global = {args.batch_size // world} per rank x {world}; a model "
+        f"that knows nothing "
         f"has loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
     )
     say(
-        f"rate      {args.lr:g} peak, {args.warmup:g} of {args.epochs} epochs warm-up, cosine; weight decay {args.wd:g}"
+        f"rate      {args.lr:g} peak, {args.warmup:g} of {args.epochs} epochs warm-up, cosine; weight "
+        f"decay {args.wd:g}"
     )
     say(
         f"pruning   {args.rho_red:.0%} redundant + {args.rho_ill:.0%} ill-matched marked per batch, "
-        f"{(args.rho_red + args.rho_ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs, after the warm-up"
+        f"{(args.rho_red + args.rho_ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs, after "
+        f"the warm-up"
     )
     say(
         f"writing   {args.out}/log.jsonl, last.pt"
@@ -631,7 +643,8 @@ def train(args, rank, world, device):
             if len(totals["bad"]) > args.max_bad * total:
                 places = "; ".join(source.where(i) for i in totals["bad"][:3])
                 raise TrainError(
-                    f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of {total:,}: {places}"
+                    f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of "
+                    f"{total:,}: {places}"
                 )
             suspects.append(
                 (
@@ -654,7 +667,8 @@ def train(args, rank, world, device):
             if stopping and step < steps:
                 line.clear()
                 say(
-                    f"stopped in epoch {epoch} after step {step} of {steps}; the same command goes on from here"
+                    f"stopped in epoch {epoch} after step {step} of {steps}; the same command goes on "
+                    f"from here"
                 )
                 return
             waiting_since = time.monotonic()
@@ -682,7 +696,8 @@ def train(args, rank, world, device):
         log.add(record)
         line.clear()
         say(
-            f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  loss {scan.loss:.4f}  "
+            f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  loss "
+            f"{scan.loss:.4f}  "
             f"{totals['seconds']:.1f} s ({totals['data_seconds'] / totals['seconds']:.0%} data)"
             + (f"  {len(bad)} unreadable" if bad else "")
         )
@@ -773,8 +788,10 @@ def progress_text(args, scan, totals, step, steps, a, b):
     pace = totals["seconds"] / max(totals["samples"], 1)  # seconds a sample
     left = ((steps - step) + (args.epochs - scan.epoch - 1) * steps) * args.batch_size * pace
     return (
-        f"epoch {scan.epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  loss {((a + b) / 2).mean():.3f}  "
-        f"{1 / max(pace, 1e-9):,.0f} samples/s  data {totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  "
+        f"epoch {scan.epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  loss "
+        f"{((a + b) / 2).mean():.3f}  "
+        f"{1 / max(pace, 1e-9):,.0f} samples/s  data "
+        f"{totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  "
         f"left ~{left / 60:.0f} min"
     )
 

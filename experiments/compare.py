@@ -1,10 +1,11 @@
 """Full data against SCAN over several seeds: runs train.py for each, then prints the table of the README.
 
-    python experiments/compare.py                                              # shapes, 3 seeds, prune 0 and 0.3
+    python experiments/compare.py                                       # shapes, 3 seeds, prune 0 and 0.3
     python experiments/compare.py --data 'emoji/train-*.tar' --val-data emoji/val-00000.tar --epochs 24
     python experiments/compare.py --data ... --val-data ... --epochs 24 --mismatch 0.15
 
-Runs alternate between the ratios, so that slow minutes of a machine hit both. Finished runs are not run again.
+Other flags go to train.py. Runs alternate between the ratios, so that slow minutes of a machine hit both.
+Finished runs are not run again.
 """
 
 import argparse

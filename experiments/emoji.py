@@ -1,12 +1,12 @@
 """Real image-text shards from a free font: every emoji once, its Unicode name as the caption.
 
-    apt-get install fonts-noto-color-emoji unicode-data     # Debian; the font is under the SIL Open Font License 1.1
-    python experiments/emoji.py --out emoji                  # train-00000.tar .. train-00002.tar, val-00000.tar
+    apt-get install fonts-noto-color-emoji unicode-data   # Debian; the font is under the SIL OFL 1.1
+    python experiments/emoji.py --out emoji               # train-00000.tar .. train-00002.tar, val-00000.tar
     torchrun --nproc_per_node 2 train.py --arch vit_tiny --data 'emoji/train-{00000..00002}.tar' \\
         --val-data emoji/val-00000.tar --prune 0.3 --epochs 60
 
-Members are KEY.jpg (128 px, on white), KEY.txt (the name) and KEY.json (caption, group, subgroup, key). The split is
-seeded: a tenth of the emoji, drawn at random, validates.
+Members are KEY.jpg (128 px, on white), KEY.txt (the name) and KEY.json (caption, group, subgroup, key). The
+split is seeded: a tenth of the emoji, drawn at random, validates.
 """
 
 import argparse
