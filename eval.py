@@ -31,7 +31,8 @@ class EvalError(Exception):
 
 
 def tokenizer_for(vocab):
-    return data.BPE(vocab) if vocab else data.HashedWords()
+    """CLIP's byte-pair encoding from a file; hashed words without one, or for "hashed"."""
+    return data.BPE(vocab) if vocab and vocab != "hashed" else data.HashedWords()
 
 
 def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False):
@@ -55,6 +56,10 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False):
         if not arch:
             raise EvalError(
                 f"{path}: not a checkpoint of train.py; for an open_clip state dict give --arch (and --vocab)"
+            )
+        if not vocab:  # nothing in it says what its tokens are
+            raise EvalError(
+                f"{path}: an open_clip state dict needs --vocab (or --vocab hashed, if exported from here)"
             )
         weights = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
         image_size = image_size or 224
@@ -215,6 +220,8 @@ def run(args):
     if cuda and not torch.cuda.is_available():
         raise EvalError("--device cuda: no GPU here")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     model, tokenizer = load_model(args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu)

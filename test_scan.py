@@ -440,8 +440,8 @@ def test_overfits_one_batch():
     source = data.Shapes(16, 64, train=False)  # sixteen classes
     pairs = data.Pairs(source, data.HashedWords(), data.eval_transform(64))
     _, images, tokens, _ = data.collate([pairs[i] for i in range(16)])
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-4)
+    for _ in range(120):
         a, _, _ = train.forward_backward(
             model, data.normalize(images), tokens, torch.autocast("cpu", enabled=False)
         )
@@ -842,6 +842,22 @@ def test_bad_input_exits_1_in_one_line(flags, message, capsys, tmp_path):
         train.main([*SMALL[1:], "--device", "cpu", "--out", str(tmp_path / "out"), *flags.split()])
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.count("\n") == 1 and message in said
+
+
+@slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    """It names the row whose feature is bad, not all the rows that the bad key spoils."""
+    finite = torch.ones(3, 4, dtype=torch.bool)
+    train.refuse_non_finite((1, 7, torch.arange(10, 14), (finite, None)), "out")
+    finite[0, 2], finite[2] = False, False
+    with pytest.raises(train.TrainError, match=r"epoch 1, step 7, from samples \[12\]"):
+        train.refuse_non_finite((1, 7, torch.arange(10, 14), (finite, None)), "out")
+    said = run(*SMALL, "--epochs", "3", "--lr", "1e30", "--out", str(tmp_path / "out"), check=1).stderr
+    assert "not finite" in said and said.count("\n") == 1
+    assert not (tmp_path / "out" / "last.pt").exists() or all(
+        v.isfinite().all()
+        for v in torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"].values()
+    )
 
 
 def test_keep_trains_on_these_ids_only(tmp_path):

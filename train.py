@@ -646,14 +646,8 @@ def train(args, rank, world, device):
                     f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of "
                     f"{total:,}: {places}"
                 )
-            suspects.append(
-                (
-                    epoch,
-                    step,
-                    ids,
-                    to_host(torch.stack([x.detach().isfinite().all(-1) for x in features[:2]])),
-                )
-            )
+            finite = [x.detach().isfinite().all(-1) for x in features[:2]] + [(a + b).isfinite()]
+            suspects.append((epoch, step, ids, to_host(torch.stack(finite))))
             if len(suspects) > 4:
                 refuse_non_finite(suspects.popleft(), args.out)
             totals["seconds"] = seconds_before + time.monotonic() - began
@@ -769,9 +763,10 @@ def refuse_non_finite(suspect, out):
     if event is not None:
         event.synchronize()  # a few steps old: it has long happened
     if not finite.all():
-        rows = (~finite.all(0)).nonzero().flatten()[:8]
+        # one bad feature spoils the loss of every row, through the keys: name the rows of bad features
+        bad = ~finite[2] if finite[:2].all() else ~finite[:2].all(0)
         raise TrainError(
-            f"not a finite feature in epoch {epoch}, step {step}, samples {ids[rows].tolist()}: stopped; "
+            f"loss not finite in epoch {epoch}, step {step}, from samples {ids[bad][:8].tolist()}: stopped; "
             f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
         )
 
