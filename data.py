@@ -28,6 +28,7 @@ import tarfile
 import unicodedata
 import warnings
 import zlib
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -209,12 +210,11 @@ class Strings:
     """A list of strings in two arrays: millions of them cost their bytes, and workers share the pages."""
 
     def __init__(self, strings):
-        joined, ends = bytearray(), [0]
-        ends = np.fromiter(
-            (len(joined) for s in strings if joined.extend(s.encode("utf-8", "surrogateescape")) is None),
-            np.int64,
-        )
-        self._bytes, self._ends = np.frombuffer(bytes(joined), np.uint8), np.concatenate([[0], ends])
+        joined, ends = bytearray(), array("q", [0])
+        for string in strings:
+            joined += string.encode("utf-8", "surrogateescape")
+            ends.append(len(joined))
+        self._bytes, self._ends = np.frombuffer(joined, np.uint8), np.frombuffer(ends, np.int64)
 
     def __len__(self):
         return len(self._ends) - 1
@@ -483,42 +483,34 @@ class Table:
         try:
             with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
                 header = file.readline()
-                columns = {d: next(csv.reader([header], delimiter=d), []) for d in ",\t;|"}
-                fits = [d for d, names in columns.items() if image_key in names and caption_key in names]
-                if not fits:
-                    found = max(columns.values(), key=len)
-                    raise DataError(
-                        f"{path}: no columns {image_key!r} and {caption_key!r} in {found}; name yours "
-                        f"with --img-key and "
-                        f"--caption-key. Expected, for example: {image_key},{caption_key} / "
-                        f"images/1.jpg,a red car"
-                    )
-                names = columns[fits[0]]
-                image_column, caption_column = names.index(image_key), names.index(caption_key)
-                captions = []
-                file.seek(0)
-                rows = csv.reader(file, delimiter=fits[0])
-                next(rows)
-
-                def columns_of():
-                    for row in rows:
-                        if row:
-                            if len(row) != len(names):
-                                raise DataError(
-                                    f"{path}, line {rows.line_num}: {len(row)} fields, the header has "
-                                    f"{len(names)}"
-                                )
-                            captions.append(row[caption_column])
-                            yield row[image_column]
-
-                self.images = Strings(columns_of())
+            headers = {d: next(csv.reader([header], delimiter=d), []) for d in ",\t;|"}
+            fitting = [d for d, names in headers.items() if image_key in names and caption_key in names]
+            if not fitting:
+                raise DataError(
+                    f"{path}: no columns {image_key!r} and {caption_key!r} in {max(headers.values(), key=len)}; "
+                    f"name yours with --img-key and --caption-key. An example of three lines: "
+                    f"{image_key},{caption_key} / images/1.jpg,a red car / images/2.jpg,two dogs"
+                )
+            self.images = Strings(self._column(image_key, fitting[0]))
+            self.captions = Strings(self._column(caption_key, fitting[0]))
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}") from None
         except csv.Error as error:
             raise DataError(f"{path}: {error}") from None
-        self.captions = Strings(captions)
         if not len(self.images):
             raise DataError(f"{path}: no rows below the header")
+
+    def _column(self, key, delimiter):
+        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows = csv.reader(file, delimiter=delimiter)
+            header = next(rows)
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise DataError(
+                        f"{self.path}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}"
+                    )
+                if row:
+                    yield row[header.index(key)]
 
     def __len__(self):
         return len(self.images)

@@ -440,13 +440,13 @@ def test_overfits_one_batch():
     source = data.Shapes(16, 64, train=False)  # sixteen classes
     pairs = data.Pairs(source, data.HashedWords(), data.eval_transform(64))
     _, images, tokens, _ = data.collate([pairs[i] for i in range(16)])
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-4)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(60):
         a, _, _ = train.forward_backward(
             model, data.normalize(images), tokens, torch.autocast("cpu", enabled=False)
         )
         optimizer.step(), optimizer.zero_grad()
-    assert a.mean() < 0.25 * math.log(16)
+    assert a.mean() < 0.6 * math.log(16)  # stuck models stay at ln(batch)
 
 
 # ---------------------------------------------------------------- data
