@@ -487,8 +487,9 @@ class Table:
             fitting = [d for d, names in headers.items() if image_key in names and caption_key in names]
             if not fitting:
                 raise DataError(
-                    f"{path}: no columns {image_key!r} and {caption_key!r} in {max(headers.values(), key=len)}; "
-                    f"name yours with --img-key and --caption-key. An example of three lines: "
+                    f"{path}: no columns {image_key!r} and {caption_key!r} in "
+                    f"{max(headers.values(), key=len)}; name yours with --img-key and --caption-key. "
+                    f"Three lines for example: "
                     f"{image_key},{caption_key} / images/1.jpg,a red car / images/2.jpg,two dogs"
                 )
             self.images = Strings(self._column(image_key, fitting[0]))

@@ -438,13 +438,11 @@ def print_table(log, args, say):
                 f"planted)"
             )
     for r in [r for r in log.records if r["event"] == "eval"][-1:]:
-        say(
-            "  ".join(
-                f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}"
-                for k, v in r.items()
-                if k not in ("event", "epoch")
-            )
-        )
+        say(scores({k: v for k, v in r.items() if k not in ("event", "epoch")}))
+
+
+def scores(result):
+    return "  ".join(f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}" for k, v in result.items())
 
 
 class ProgressLine:
@@ -476,32 +474,11 @@ def train(args, rank, world, device):
 
     torch.manual_seed(args.seed)  # initial weights; what is random later has seeds of its own
     tokenizer = evaluation.tokenizer_for(args.vocab)
-    source = open_data(args.data, True, args)
-    dataset = data.Pairs(
-        source,
-        tokenizer,
-        data.train_transform(args.image_size),
-        draft=math.ceil(args.image_size / math.sqrt(0.9)),  # the smallest crop still covers the image size
-        seed=args.seed,
-        mismatch=args.mismatch,
-    )
+    dataset, keep = training_data(args, tokenizer)
     fingerprint, total = dataset.fingerprint(), len(dataset)
     check_ranks_agree("data", torch.tensor(list(fingerprint.encode())), device)
-    val = open_data(args.val_data, False, args) if args.val_data else None
-    keep = read_keep(args.keep, total)
+    val = open_source(args.val_data, False, args) if args.val_data else None
     steps_full = int(keep.sum()) // args.batch_size
-    if steps_full < 1:
-        raise TrainError(
-            f"{int(keep.sum())} samples do not fill one global batch: use a smaller --batch-size"
-        )
-    worst = int(keep.sum()) - int(
-        (args.rho_red + args.rho_ill) * total
-    )  # kept in the last mutation epoch, at least
-    if worst < args.batch_size:
-        raise TrainError(
-            f"pruning may leave {max(worst, 0)} samples, less than one global batch of {args.batch_size}: "
-            "use a smaller --batch-size or --prune"
-        )
     if args.warmup is None:  # the paper's 10k steps, on small data a twentieth of the run
         args.warmup = round(min(10_000 / steps_full, 0.05 * args.epochs), 4)
 
@@ -560,32 +537,11 @@ def train(args, rank, world, device):
     stop = StopSignal(world)
     line = ProgressLine(rank)
 
-    parameters = sum(p.numel() for p in model.parameters())
     say(f"data      {args.data}: {total:,} pairs, hash {fingerprint}; text as {tokenizer.name}")
-    say(f"model     {args.arch}, {parameters / 1e6:.1f} M parameters, {args.image_size} px")
-    say(
-        f"running   {world} rank(s) on {device.type}, "
-        f"{'bf16' if bf16 else 'fp32'}{', compiled' if compiled else ''}, "
-        f"{args.workers} loading process(es) each, seed {args.seed}"
-    )
-    say(
-        f"batch     {args.batch_size} global = {args.batch_size // world} per rank x {world}; a model "
-        f"that knows nothing "
-        f"has loss ln({args.batch_size}) = {math.log(args.batch_size):.3f}"
-    )
-    say(
-        f"rate      {args.lr:g} peak, {args.warmup:g} of {args.epochs} epochs warm-up, cosine; weight "
-        f"decay {args.wd:g}"
-    )
-    say(
-        f"pruning   {args.rho_red:.0%} redundant + {args.rho_ill:.0%} ill-matched marked per batch, "
-        f"{(args.rho_red + args.rho_ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs, after "
-        f"the warm-up"
-    )
-    say(
-        f"writing   {args.out}/log.jsonl, last.pt"
-        + (f"; resuming at epoch {first_epoch}" if checkpoint else "")
-    )
+    say(f"model     {args.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    say(f"running   {world} rank(s) on {device.type}, {'bf16' if bf16 else 'fp32'}, compile {compiled}")
+    say_settings(args, world, say)
+    say(f"writing   {args.out}/log.jsonl, last.pt" + (f"; from epoch {first_epoch} on" if checkpoint else ""))
     if first_epoch >= args.epochs:
         print_table(log, args, say)
         say(f"\nThis run is finished. To start anew, remove {args.out} or choose another --out.")
@@ -593,11 +549,8 @@ def train(args, rank, world, device):
 
     def write_checkpoint(epoch, step):
         if rank == 0:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scan": scan.state_dict(),
-            }
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"scan": scan.state_dict()}
             state |= {"epoch": epoch, "step": step, "totals": totals, "samples_seen": samples_seen}
             state |= {"args": vars(args), "tokenizer": tokenizer.name, "version": VERSION}
             save(args.out, state | {"data": {"size": total, "hash": fingerprint}})
@@ -623,9 +576,8 @@ def train(args, rank, world, device):
             rate = learning_rate(epoch + step / steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(
-                hash((args.seed, epoch, step, rank)) % 2**63
-            )  # stochastic depth: no state to save
+            # stochastic depth draws from this: no generator's state to save
+            torch.manual_seed(hash((args.seed, epoch, step, rank)) % 2**63)
 
             if args.accum > 1:
                 a, b, features = forward_backward_accumulated(module, images, tokens, autocast, args.accum)
@@ -641,7 +593,7 @@ def train(args, rank, world, device):
             totals["samples"] += args.batch_size
             totals["bad"] += [int(i) for i in failed if i >= 0 and i not in totals["bad"]]
             if len(totals["bad"]) > args.max_bad * total:
-                places = "; ".join(source.where(i) for i in totals["bad"][:3])
+                places = "; ".join(dataset.source.where(i) for i in totals["bad"][:3])
                 raise TrainError(
                     f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of "
                     f"{total:,}: {places}"
@@ -660,10 +612,7 @@ def train(args, rank, world, device):
                 write_checkpoint(epoch, step)
             if stopping and step < steps:
                 line.clear()
-                say(
-                    f"stopped in epoch {epoch} after step {step} of {steps}; the same command goes on "
-                    f"from here"
-                )
+                say(f"stopped in epoch {epoch}, step {step} of {steps}; the same command goes on from here")
                 return
             waiting_since = time.monotonic()
         while suspects:
@@ -675,31 +624,24 @@ def train(args, rank, world, device):
         bad = union_over_ranks(totals["bad"])
         samples_seen += totals["samples"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage, "loss": round(scan.loss, 6)}
-        record |= {
-            "kept": len(kept),
-            "total": total,
-            "samples": totals["samples"],
-            "samples_seen": samples_seen,
-        }
-        record |= {"seconds": round(totals["seconds"], 3), "data_seconds": round(totals["data_seconds"], 3)}
-        record |= {"lr": rate, "candidates": len(scan.candidates)}
+        record |= {"kept": len(kept), "total": total, "candidates": len(scan.candidates), "lr": rate}
+        record |= {"samples": totals["samples"], "samples_seen": samples_seen}
+        record |= {name: round(totals[name], 3) for name in ("seconds", "data_seconds")}
         if scan.stage == "preparation" and dataset.truth:
             record["found"] = found(scan, dataset.truth)
         if bad:
-            record["bad"] = [source.where(i) for i in bad[:1000]]
+            record["bad"] = [dataset.source.where(i) for i in bad[:1000]]
         log.add(record)
         line.clear()
         say(
-            f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  loss "
-            f"{scan.loss:.4f}  "
-            f"{totals['seconds']:.1f} s ({totals['data_seconds'] / totals['seconds']:.0%} data)"
-            + (f"  {len(bad)} unreadable" if bad else "")
+            f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  "
+            f"loss {scan.loss:.4f}  {totals['seconds']:.1f} s" + (f"  {len(bad)} unreadable" if bad else "")
         )
         last = epoch + 1 == args.epochs
         if val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0)):
             result = evaluate(model, tokenizer, val, device, args.workers)
             log.add({"event": "eval", "epoch": epoch} | result)
-            say("    " + "  ".join(f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}" for k, v in result.items()))
+            say("    " + scores(result))
         start_step, totals = 0, {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}
         write_checkpoint(epoch + 1, 0)
         if stop():
@@ -708,15 +650,48 @@ def train(args, rank, world, device):
     print_table(log, args, say)
 
 
-def open_data(spec, train_split, args):
-    """The first rank of a node indexes what is not indexed yet; the others then read its cache."""
-    turn = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not turn:
-        dist.barrier()
-    source = data.open_source(
-        spec, train=train_split, size=args.image_size, image_key=args.img_key, caption_key=args.caption_key
+def say_settings(args, world, say):
+    say(f"          {args.image_size} px, {args.workers} loading process(es) per rank, seed {args.seed}")
+    say(f"batch     {args.batch_size} global = {args.batch_size // world} per rank x {world}")
+    say(f"          ln({args.batch_size}) = {math.log(args.batch_size):.3f} is the loss of knowing nothing")
+    say(f"rate      {args.lr:g}, {args.warmup:g} of {args.epochs} epochs warm-up; weight decay {args.wd:g}")
+    say(
+        f"pruning   {args.rho_red:.0%} redundant + {args.rho_ill:.0%} ill-matched marked per batch: after "
+        f"the warm-up {(args.rho_red + args.rho_ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs"
     )
-    if dist.is_initialized() and turn:
+
+
+def training_data(args, tokenizer):
+    """-> dataset, and the mask (N,) of what --keep keeps; refuses data too small for the batch."""
+    dataset = data.Pairs(
+        open_source(args.data, True, args),
+        tokenizer,
+        data.train_transform(args.image_size),
+        draft=math.ceil(args.image_size / math.sqrt(0.9)),  # the smallest crop still covers the image size
+        seed=args.seed,
+        mismatch=args.mismatch,
+    )
+    keep = read_keep(args.keep, len(dataset))
+    size = int(keep.sum())
+    if size < args.batch_size:
+        raise TrainError(f"{size} samples do not fill one global batch: use a smaller --batch-size")
+    fewest = max(size - int((args.rho_red + args.rho_ill) * len(dataset)), 0)  # in the last mutation epoch
+    if fewest < args.batch_size:
+        raise TrainError(
+            f"pruning may leave {fewest} samples, less than one global batch of {args.batch_size}: "
+            "use a smaller --batch-size or --prune"
+        )
+    return dataset, keep
+
+
+def open_source(spec, train_split, args):
+    """The first rank of a node indexes what is not indexed yet; the others then read its cache."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    keys = {"image_key": args.img_key, "caption_key": args.caption_key}
+    source = data.open_source(spec, train=train_split, size=args.image_size, **keys)
+    if dist.is_initialized() and first:
         dist.barrier()
     return source
 
