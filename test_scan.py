@@ -145,6 +145,26 @@ def test_mutation_draws_afresh_each_round_and_full_data_grow_back():
     assert len(kept[6]) == 200
 
 
+def test_each_round_finds_its_candidates_anew():
+    scan, losses = Scan(200), torch.arange(200.0) + 1
+    for epoch in range(6):
+        observe_epoch(scan, epoch, losses)
+    observe_epoch(scan, 6, losses.roll(100))
+    assert len(scan.candidates) == 120  # of the second round alone
+
+
+def test_top_up_draws_differ_by_seed_and_repeat_with_it():
+    found = []
+    for seed in (0, 0, 1):
+        scan, ids = Scan(100, prune=0.2, seed=seed), torch.arange(100)
+        for epoch in range(3):
+            scan.begin_epoch(epoch)
+            scan.observe(ids, ids.float() + 1, ids.flip(0).float() + 1)  # the directions agree on nothing
+            scan.end_epoch()
+        found.append(scan.redundant)
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+
+
 def test_warm_up_lasts_while_the_loss_falls_fast():
     scan = Scan(40)
     stages = [observe_epoch(scan, e, torch.full((40,), 8.0 * 0.5 ** min(e, 3)))[1] for e in range(6)]
@@ -280,6 +300,10 @@ def test_info_nce_is_eq_1():
     assert losses.shape == (6,) and losses.tolist() == pytest.approx(expected, abs=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert info_nce(query, key, 5.0).equal(losses)
+    half = info_nce(query.bfloat16(), key.bfloat16(), 5.0)
+    assert half.dtype == torch.float32 and half.equal(
+        info_nce(query.bfloat16().float(), key.bfloat16().float(), 5.0)
+    )
     with pytest.raises(ValueError, match="batch, dim"):
         info_nce(query[0], key[0], 5.0)
 
@@ -374,6 +398,14 @@ def test_coreset_is_the_intersection_topped_up_to_the_ratio():
     assert len(kept) == 70 and set(range(20)) < pruned < set(range(40))
     with pytest.raises(ValueError, match="same data"):
         coreset([states[0], states[1] | {"num_samples": 99}], 0.3)
+
+
+def test_coreset_leaves_out_what_all_runs_pruned_before_what_one_run_counted_most():
+    counts = torch.ones(2, 10, dtype=torch.int16)
+    counts[0, 3], counts[1, 5], counts[:, 7] = 9, 9, 2  # 7 is in both pruned sets, 3 and 5 in one each
+    states = [{"counts": c, "num_samples": 10, "seed": seed} for seed, c in enumerate(counts)]
+    pruned = set(range(10)) - set(coreset(states, 0.2).tolist())
+    assert 7 in pruned and len(pruned) == 2
 
 
 def test_ties_in_counts_do_not_inflate_the_overlap():
