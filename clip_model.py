@@ -201,6 +201,9 @@ def _swin_b(embed_dim):
 class CLIP(nn.Module):
     """An image tower and a text tower that meet in one embedding space."""
 
+    # of the pixels it expects
+    mean_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
     def __init__(self, arch, image_size, vocab_size, context_length, quick_gelu):
         super().__init__()
         config = ARCHS[arch]

@@ -1,4 +1,4 @@
-"""Image-text data by random access: a sample has an int64 id, its position, and is read when asked for.
+"""Images and captions by random access: a sample has an int64 id, its position, and is read when asked for.
 
 A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, and what is known of it:
 `truth` (planted faults), `classes` and `labels`. `open_source` picks one from a --data argument:
@@ -7,14 +7,16 @@ A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, a
     cc3m/{00000..00331}.tar      img2dataset / webdataset shards; globs; A::B joins sets    Shards
     pairs.csv, pairs.tsv         columns filepath and title                                 Table
     DIR/                         class folders, as in ImageFolder                           Tree
+    cifar10:DIR, cifar100:DIR    CIFAR as torchvision keeps it in DIR                       Cifar
 
-`Pairs` turns a source into a map-style dataset of augmented uint8 images and tokens. Nothing in it ever
-changes, and pruning lives in the sampler alone, so that pruned samples cost no read and no decoding. Needs
-torch, torchvision, numpy and Pillow.
+Two map-style datasets read a source: `Pairs` gives images and tokens (CLIP), `Views` two crops of each image
+(MoCo). Nothing in them ever changes, and pruning lives in the sampler alone, so that pruned samples cost no
+read and no decoding. Needs torch, torchvision, numpy and Pillow.
 """
 
 import contextlib
 import csv
+import functools
 import glob
 import gzip
 import hashlib
@@ -22,6 +24,7 @@ import html
 import io
 import itertools
 import json
+import math
 import os
 import re
 import tarfile
@@ -33,11 +36,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-CLIP_MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 warnings.filterwarnings(
     "error", category=Image.DecompressionBombWarning
 )  # Pillow's size guard: refuse, not warn
@@ -160,7 +165,7 @@ def pad(tokens):
     """Token arrays -> (b, longest) int64; the text tower is causal, so shorter padding changes nothing."""
     out = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.int64)
     for row, ids in zip(out, tokens, strict=True):
-        row[: len(ids)] = torch.from_numpy(ids)
+        row[: len(ids)] = torch.as_tensor(ids)
     return out
 
 
@@ -187,20 +192,106 @@ def decode(data, draft=None):
     return picture.convert("RGB")
 
 
-def normalize(images, mean_std=CLIP_MEAN_STD):
-    """(b, 3, h, w) uint8 -> float32, on the device they are on."""
+def normalize(images, mean_std):
+    """(b, 3, h, w) uint8 -> float32, on the device they are on. mean_std: what the model expects of RGB."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in mean_std)
     return (images.float() / 255 - mean) / std
-
-
-def train_transform(size):
-    crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([crop, v2.PILToTensor()])
 
 
 def eval_transform(size):
     resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
+
+
+# ---------------------------------------------------------------- MoCo v3's augmentations, batched
+
+# Of its two views (those of BYOL): how often each is blurred and solarized.
+MOCO_VIEWS = dict(blur=1.0, solarize=0.0), dict(blur=0.1, solarize=0.2)
+# What is drawn for each view of each sample, neutral values where it stays as it is.
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE, FLIP = range(9)
+_ORDERS = torch.tensor(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))  # (24, 4)
+
+
+def draw_view(blur, solarize):
+    """(9,) float32: colour jitter (.4 .4 .2 .1, in random order) with p .8, grey .2, flip .5, blur, solarize.
+
+    sigma of the blur in pixels, uniform in .1 .. 2; 0 if not blurred. From torch's default generator.
+    """
+    u = torch.rand(11)
+    out = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    if u[0] < 0.8:
+        out[:4] += (2 * u[1:5] - 1) * torch.tensor([0.4, 0.4, 0.2, 0.1])
+        out[ORDER] = (u[5] * len(_ORDERS)).floor().clamp(max=len(_ORDERS) - 1)
+    out[GREY], out[FLIP], out[SOLARIZE] = u[6] < 0.2, u[7] < 0.5, u[8] < solarize
+    if u[9] < blur:
+        out[SIGMA] = 0.1 + 1.9 * u[10]
+    return out
+
+
+def augment(images, drawn):
+    """Colour jitter, grey, blur, solarize and flip, each sample by its own numbers, on the images' device.
+
+    images: (b, 3, h, w) uint8. drawn: (b, 9) of `draw_view`, on the CPU, so that nothing waits for the GPU.
+    Returns (b, 3, h, w) float32 in 0 .. 255. transforms.v2 draws one set of numbers per call: hence this.
+    """
+    x = images.float() / 255
+    factors = drawn.to(x.device, non_blocking=True)[:, :, None, None, None]  # (b, 9, 1, 1, 1)
+
+    def rows_where(chosen):
+        return chosen.nonzero().flatten().to(x.device, non_blocking=True)
+
+    order = _ORDERS[drawn[:, ORDER].long()]  # (b, 4)
+    jitter = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
+    for turn, (kind, adjust) in itertools.product(range(4), jitter.items()):
+        rows = rows_where(order[:, turn] == kind)
+        x[rows] = adjust(x[rows], factors[rows, kind])
+    x = torch.where(factors[:, GREY] > 0, _grey(x), x)
+    rows = rows_where(drawn[:, SIGMA] > 0)
+    x[rows] = _blur(x[rows], factors[rows, SIGMA])
+    x = torch.where((factors[:, SOLARIZE] > 0) & (x >= 128 / 255), 1 - x, x)
+    x = torch.where(factors[:, FLIP] > 0, x.flip(-1), x)
+    return x * 255
+
+
+def _grey(x):
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def _brightness(x, factor):
+    return (factor * x).clamp(0, 1)
+
+
+def _contrast(x, factor):
+    return torch.lerp(_grey(x).mean((1, 2, 3), keepdim=True).expand_as(x), x, factor).clamp(0, 1)
+
+
+def _saturation(x, factor):
+    return torch.lerp(_grey(x).expand_as(x), x, factor).clamp(0, 1)
+
+
+def _hue(x, turn):
+    """Turn the hue by a share of the full circle, through the HSV hexagon."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = high - low
+    red, green, blue = x.split(1, 1)
+    hue = torch.where(high == green, blue - red, torch.where(high == red, green - blue, red - green))
+    first = torch.where(high == green, 2.0, torch.where(high == red, 0.0, 4.0))  # which sixth it starts from
+    k = (hue / chroma.clamp(min=1e-9) + first + 6 * turn + x.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _blur(x, sigma):
+    """Gaussian, one sigma (n, 1, 1, 1) per picture, cut at 3 of the widest (2 pixels)."""
+    if not len(x):
+        return x
+    n, channels, height, width = x.shape
+    kernel = (-(torch.arange(-6, 7, device=x.device) ** 2) / (2 * sigma.square())).softmax(
+        -1
+    )  # (n, 1, 1, 13)
+    kernel = kernel.expand(n, channels, 1, 13).reshape(n * channels, 1, 1, 13)
+    x = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1)[None]  # (1, 3 n, h + 12, w + 12)
+    x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
+    return x.view(n, channels, height, width)
 
 
 # ---------------------------------------------------------------- sources
@@ -261,7 +352,6 @@ class Shapes:
             copies[rest[groups : 5 * groups]] = True
             self.drawn_as[rest[groups : 5 * groups]] = np.tile(rest[:groups], 4)
         self.truth = {"ill_matched": ill, "redundant": copies} if train else {}
-        self.labels = np.array([self._attributes(i)[0] for i in range(n)]) if not train else None
 
     def __len__(self):
         return self.n
@@ -271,6 +361,10 @@ class Shapes:
         rng = np.random.default_rng([self.seed, 2 + self.train, int(self.drawn_as[i]), salt])
         label = int(rng.integers(len(self.classes))) if self.train else int(i) % len(self.classes)
         return label, list(self.grounds)[rng.integers(len(self.grounds))], rng
+
+    @functools.cached_property
+    def labels(self):
+        return np.array([self._attributes(i)[0] for i in range(self.n)])
 
     def caption(self, i):
         label, ground, _ = self._attributes(i)
@@ -346,7 +440,7 @@ class Shards:
     images = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
     truth, labels, classes = {}, None, None
 
-    def __init__(self, paths):
+    def __init__(self, paths, captions=True, label_key=None):
         self.paths = Strings(paths)
         self.stamps, tables = [], []
         for path in paths:
@@ -356,13 +450,18 @@ class Shards:
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}") from None
             self.stamps.append((stat.st_size, stat.st_mtime_ns))
+        if captions:
+            tables = [table[(table[:, 3] >= 0) | (table[:, 5] >= 0)] for table in tables]
         self.first = np.cumsum([0] + [len(table) for table in tables])
         self.table = np.concatenate(
             tables
         )  # (N, 6): offset and size of image, .txt, .json; size -1 if absent
         self._files = {}
         if not len(self.table):
-            raise DataError(f"{paths[0]}: no sample with an image and a caption in {len(paths)} tar file(s)")
+            what = "an image and a caption" if captions else "an image"
+            raise DataError(f"{paths[0]}: no sample with {what} in {len(paths)} tar file(s)")
+        if label_key:
+            self.classes, self.labels = _classes(self._label(i, label_key) for i in range(len(self)))
 
     def __len__(self):
         return len(self.table)
@@ -404,6 +503,12 @@ class Shards:
         """The sample's JSON."""
         return json.loads(self._read(i, 2))
 
+    def _label(self, i, key):
+        try:
+            return str(self.meta(i)[key])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"{self.where(i)}: no {key!r} in its .json, or no .json") from None
+
     def where(self, i):
         shard = int(np.searchsorted(self.first, i, side="right")) - 1
         return f"{self.paths[shard]}, image at byte {self.table[i, 0]}"
@@ -416,7 +521,7 @@ class Shards:
 def _tar_index(path, stat):
     """(n, 6) int64 byte ranges of a tar's samples, from the cache or from the tar itself."""
     key = hashlib.sha256(
-        f"1 {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()
+        f"2 {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()
     ).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan" / f"{key}.npy"
     try:
@@ -451,9 +556,7 @@ def _tar_index(path, stat):
                 parts.add(part)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a whole tar file ({error}); fetch it again, or leave it out") from None
-    table = np.array([r for r in rows if r[1] >= 0 and (r[3] >= 0 or r[5] >= 0)], dtype=np.int64).reshape(
-        -1, 6
-    )
+    table = np.array([r for r in rows if r[1] >= 0], dtype=np.int64).reshape(-1, 6)
     if not _in_file(table, stat.st_size):
         raise DataError(
             f"{path}: not a whole tar file (a member ends beyond it); fetch it again, or leave it out"
@@ -477,14 +580,15 @@ class Table:
 
     truth, labels, classes = {}, None, None
 
-    def __init__(self, path, image_key="filepath", caption_key="title"):
+    def __init__(self, path, image_key="filepath", caption_key="title", label_key=None, captions=True):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
         csv.field_size_limit(1 << 26)
         try:
             with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
                 header = file.readline()
             headers = {d: next(csv.reader([header], delimiter=d), []) for d in ",\t;|"}
-            fitting = [d for d, names in headers.items() if image_key in names and caption_key in names]
+            needed = {image_key, caption_key} if captions else {image_key}
+            fitting = [d for d, names in headers.items() if needed <= set(names)]
             if not fitting:
                 raise DataError(
                     f"{path}: no columns {image_key!r} and {caption_key!r} in "
@@ -493,7 +597,11 @@ class Table:
                     f"{image_key},{caption_key} / images/1.jpg,a red car / images/2.jpg,two dogs"
                 )
             self.images = Strings(self._column(image_key, fitting[0]))
-            self.captions = Strings(self._column(caption_key, fitting[0]))
+            self.captions = Strings(self._column(caption_key, fitting[0])) if captions else None
+            if label_key:
+                if label_key not in headers[fitting[0]]:
+                    raise DataError(f"{path}: no column {label_key!r} in {headers[fitting[0]]}")
+                self.classes, self.labels = _classes(self._column(label_key, fitting[0]))
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}") from None
         except csv.Error as error:
@@ -522,31 +630,42 @@ class Table:
     def caption(self, i):
         return self.captions[i][: 1 << 16]
 
+    def same_images(self):
+        """Rows of one path are captions of one image -> (ids of the images, image (N,) of each row)."""
+        _, firsts, image_of = np.unique(list(self.images), return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(firsts))  # images in the order of the file
+        return np.sort(firsts).tolist(), rank[image_of].tolist()
+
     def where(self, i):
         return os.path.join(self.folder, self.images[i])
 
     def fingerprint(self):
-        return hashlib.sha256(self.images.digest() + self.captions.digest()).hexdigest()
+        captions = self.captions.digest() if self.captions else b""
+        return hashlib.sha256(self.images.digest() + captions).hexdigest()
 
 
 class Tree:
-    """Class folders, as in torchvision's ImageFolder; of DIR/train and DIR/val, `split` where they exist."""
+    """Class folders, as in torchvision's ImageFolder; of DIR/train and DIR/val, `split` where they exist.
 
-    truth = {}
+    captions=False: a folder without class folders will do, of pictures alone.
+    """
 
-    def __init__(self, root, split="train"):
-        from torchvision.datasets import ImageFolder
+    truth, labels, classes = {}, None, None
 
+    def __init__(self, root, split="train", captions=True):
         root = os.path.join(root, split) if os.path.isdir(os.path.join(root, split)) else root
         try:
             tree = ImageFolder(root, allow_empty=True)
-        except (OSError, FileNotFoundError) as error:
-            raise DataError(f"{root}: no class folders with pictures in it ({error})") from None
-        if not tree.samples:
-            raise DataError(f"{root}: no pictures in its class folders ({', '.join(tree.classes[:5])} ...)")
-        self.root, self.classes = root, tree.classes
-        self.labels = np.array(tree.targets)
-        self.images = Strings(os.path.relpath(path, root) for path, _ in tree.samples)
+            self.classes, self.labels = tree.classes, np.array(tree.targets)
+            paths = [path for path, _ in tree.samples]
+        except OSError as error:  # of which FileNotFoundError: no class folders
+            files = sorted(entry.path for entry in os.scandir(root) if entry.is_file())
+            paths = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
+            if captions or not paths:
+                raise DataError(f"{root}: no class folders with pictures in it ({error})") from None
+        if not paths:
+            raise DataError(f"{root}: no pictures in its class folders ({', '.join(self.classes[:5])} ...)")
+        self.root, self.images = root, Strings(os.path.relpath(path, root) for path in paths)
 
     def __len__(self):
         return len(self.images)
@@ -562,6 +681,41 @@ class Tree:
 
     def fingerprint(self):
         return hashlib.sha256(self.images.digest()).hexdigest()
+
+
+class Cifar:
+    """CIFAR-10 or CIFAR-100, in the files that torchvision downloads and compares with their MD5 sums."""
+
+    truth = {}
+
+    def __init__(self, name, root, train=True, download=False):
+        try:
+            cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name](root, train, download=download)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{root}: no whole {name} in it ({str(error).splitlines()[0]})") from None
+        self.name, self.pictures, self.classes = name, cifar.data, cifar.classes  # (N, 32, 32, 3) uint8
+        self.labels = np.array(cifar.targets)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def image(self, i, draft=None):
+        return Image.fromarray(self.pictures[i])
+
+    def caption(self, i):
+        return self.classes[self.labels[i]]
+
+    def where(self, i):
+        return f"{self.name}, id {i}"
+
+    def fingerprint(self):
+        return hashlib.sha256(self.pictures).hexdigest()
+
+
+def _classes(names):
+    """Names of the samples' classes -> (classes, sorted; labels (N,))."""
+    classes, labels = np.unique(np.array(list(names)), return_inverse=True)
+    return classes.tolist(), labels
 
 
 def _expand(pattern):
@@ -583,41 +737,98 @@ def _expand(pattern):
     return [p for part in parts for p in _expand(pattern[: brace.start()] + part + pattern[brace.end() :])]
 
 
-def open_source(spec, *, train=True, size=64, seed=0, image_key="filepath", caption_key="title"):
-    """A --data argument -> its source. size: edge of drawn pictures. Raises DataError."""
+def open_source(
+    spec,
+    *,
+    train=True,
+    size=64,
+    seed=0,
+    captions=True,
+    image_key="filepath",
+    caption_key="title",
+    label_key=None,
+    download=False,
+):
+    """A --data argument -> its source. Raises DataError.
+
+    size: edge of drawn pictures. captions: whether they are needed. label_key: the CSV column, or the key in
+    the JSON of tar shards, that names the class of a sample. download: fetch CIFAR if it is missing.
+    """
+    cifar = re.fullmatch(r"(cifar100?)(?::(.+))?", spec)
     if re.fullmatch(r"shapes(:\d+)?", spec):
         n = int(spec.partition(":")[2] or (1024 if train else 512))
         if n < 2:
             raise DataError(f"--data {spec}: needs at least 2 pictures")
         return Shapes(n, size, seed, train)
+    if cifar:
+        return Cifar(cifar[1], cifar[2] or "data", train, download)
     if re.search(r"\.tar(\}|$|::)", spec):
-        return Shards([path for part in spec.split("::") for path in _expand(part)])
+        return Shards([path for part in spec.split("::") for path in _expand(part)], captions, label_key)
     if spec.endswith((".csv", ".tsv")):
-        return Table(spec, image_key, caption_key)
+        return Table(spec, image_key, caption_key, label_key, captions)
+    for name, folder in (("cifar10", CIFAR10.base_folder), ("cifar100", CIFAR100.base_folder)):
+        if os.path.isdir(os.path.join(spec, folder)):
+            return Cifar(name, spec, train)
     if os.path.isdir(spec):
-        return Tree(spec, "train" if train else "val")
+        return Tree(spec, "train" if train else "val", captions)
     raise DataError(
         f"{spec}: neither shapes[:N], nor .tar files (braces, globs, A::B), nor a .csv/.tsv file, nor a "
-        f"folder of classes"
+        f"folder of classes, nor cifar10[:DIR] or cifar100[:DIR]"
     )
 
 
 # ---------------------------------------------------------------- the dataset
 
 
-class Pairs(Dataset):
-    """Items (id, image, tokens, failed): the id really used, a uint8 (3, h, w) image, its token ids.
+class Samples(Dataset):
+    """Map-style: id -> (the id really used, the id asked for if it can't be read or else -1, two arrays).
 
-    A sample that can't be read is replaced by the next id that can: its loss then goes to that id, and
-    `failed` names the id asked for (else -1). Augmentation depends on (seed, epoch, id) alone, so workers
-    carry no state.
-    mismatch: a share of the samples whose captions are shuffled among them, alike for every seed; `truth`
-        says which.
+    A sample that can't be read is replaced by the next id that can: its loss then goes to that id.
+    Augmentation depends on (seed, epoch, id) alone, so workers carry no state.
     """
 
-    def __init__(self, source, tokenizer, transform, *, draft=None, seed=0, mismatch=0.0):
-        self.source, self.tokenizer, self.transform = source, tokenizer, transform
-        self.draft, self.seed, self.mismatch = draft, seed, mismatch
+    def __init__(self, source, seed):
+        self.source, self.seed = source, seed
+        self.truth = {}
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+
+    def __len__(self):
+        return len(self.source)
+
+    def fingerprint(self):
+        return self.source.fingerprint()[:16]
+
+    def set_epoch(self, epoch):
+        """Before the loader's iterator starts."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, i):
+        for used in itertools.islice(itertools.cycle(range(len(self))), i, i + len(self)):
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    seed = hashlib.sha256(f"{self.seed} {self._epoch} {used}".encode()).digest()
+                    torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+                    return used, i if used != i else -1, *self.read(used)
+            except DataError:
+                raise
+            except Exception:  # whatever a decoder makes of broken bytes
+                continue
+        raise DataError(f"not one of {len(self)} samples can be read, {self.source.where(i)} for example")
+
+
+class Pairs(Samples):
+    """CLIP's samples: an image (3, size, size) uint8, lightly cropped, and the token ids of its caption.
+
+    mismatch: a share of the samples whose captions are shuffled among them, alike for every seed; `truth`
+    says which.
+    """
+
+    def __init__(self, source, tokenizer, size, *, seed=0, mismatch=0.0):
+        super().__init__(source, seed)
+        self.tokenizer, self.mismatch = tokenizer, mismatch
+        crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+        self.transform = v2.Compose([crop, v2.PILToTensor()])
+        self.draft = math.ceil(size / math.sqrt(0.9))  # the smallest crop still covers the image size
         self.truth = dict(source.truth)
         self.caption_of = None
         if mismatch:
@@ -627,44 +838,55 @@ class Pairs(Dataset):
             self.caption_of[chosen] = np.roll(chosen, 1)  # a cycle: nobody keeps their own
             shuffled = self.caption_of != np.arange(len(source))
             self.truth["ill_matched"] = shuffled | self.truth.get("ill_matched", False)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
-
-    def __len__(self):
-        return len(self.source)
 
     def fingerprint(self):
         return hashlib.sha256(f"{self.source.fingerprint()} {self.mismatch}".encode()).hexdigest()[:16]
 
-    def set_epoch(self, epoch):
-        """Before the loader's iterator starts."""
-        self._epoch.fill_(epoch)
-
     def caption(self, i):
         return self.source.caption(i if self.caption_of is None else int(self.caption_of[i]))
 
-    def __getitem__(self, i):
-        for used in itertools.islice(itertools.cycle(range(len(self))), i, i + len(self)):
-            try:
-                caption = self.caption(used)
-                if not caption.strip():
-                    raise ValueError("empty caption")
-                picture = self.source.image(used, self.draft)
-                with torch.random.fork_rng(devices=[]):
-                    seed = hashlib.sha256(f"{self.seed} {self._epoch} {used}".encode()).digest()
-                    torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
-                    image = self.transform(picture)
-                return used, image, self.tokenizer(caption), i if used != i else -1
-            except DataError:
-                raise
-            except Exception:  # whatever a decoder makes of broken bytes
-                continue
-        raise DataError(f"not one of {len(self)} samples can be read, {self.source.where(i)} for example")
+    def read(self, i):
+        caption = self.caption(i)
+        if not caption.strip():
+            raise ValueError("empty caption")
+        return self.transform(self.source.image(i, self.draft)), torch.from_numpy(self.tokenizer(caption))
+
+    @staticmethod
+    def inputs(images, tokens, device, mean_std):
+        """A batch of the loader -> what the model takes: normalised images and token ids, on the device."""
+        images = normalize(images.to(device, non_blocking=True), mean_std)
+        return images, tokens.to(device, non_blocking=True)
+
+
+class Views(Samples):
+    """MoCo's samples: two crops (2, 3, size, size) uint8, and the numbers (2, 9) of their augmentations.
+
+    Only what needs the picture is done here; `inputs` does the rest for the whole batch on the device.
+    """
+
+    def __init__(self, source, size, *, seed=0):
+        super().__init__(source, seed)
+        self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.08, 1.0)), v2.PILToTensor()])
+        self.draft = math.ceil(size / math.sqrt(0.08))
+        self.truth = {k: v for k, v in source.truth.items() if k == "redundant"}  # captions play no part
+
+    def read(self, i):
+        picture = self.source.image(i, self.draft)
+        drawn = torch.stack([draw_view(**view) for view in MOCO_VIEWS])
+        return torch.stack([self.transform(picture) for _ in MOCO_VIEWS]), drawn
+
+    @staticmethod
+    def inputs(crops, drawn, device, mean_std):
+        """A batch of the loader -> what the model takes: two normalised views, on the device."""
+        crops = crops.to(device, non_blocking=True)
+        return tuple(normalize(augment(crops[:, k], drawn[:, k]), mean_std) for k in range(2))
 
 
 def collate(items):
-    """-> ids (b,) int64, images (b, 3, h, w) uint8, tokens (b, longest) int64, failed ids (b,) int64."""
-    ids, images, tokens, failed = zip(*items, strict=True)
-    return torch.tensor(ids), torch.stack(images), pad(tokens), torch.tensor(failed)
+    """-> used ids (b,) int64, failed ids (b,) int64, images uint8, and tokens (b, longest) or (b, 2, 9)."""
+    used, failed, images, others = zip(*items, strict=True)
+    others = torch.stack(others) if others[0].ndim > 1 else pad(others)
+    return torch.tensor(used), torch.tensor(failed), torch.stack(images), others
 
 
 class Pictures(Dataset):

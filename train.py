@@ -1,6 +1,7 @@
-"""Train CLIP with SCAN: full data in warm-up and preparation epochs, less of it in mutation epochs.
+"""Train CLIP or MoCo v3 with SCAN: full data in warm-up and preparation epochs, less in mutation epochs.
 
-    torchrun train.py --arch vit_b32 --prune 0.3                  # built-in data; CPU or one GPU
+    torchrun train.py --arch vit_b32 --prune 0.3                  # CLIP; built-in data; CPU or one GPU
+    torchrun train.py --arch moco_vit_s16 --prune 0.35            # MoCo v3
     torchrun --nproc_per_node 8 train.py --arch vit_b32 --prune 0.3 \\
         --data 'cc3m/{00000..00331}.tar' --val-data val/00000.tar  # one node, 8 GPUs
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
@@ -30,19 +31,26 @@ from torch.utils.data import DataLoader
 import clip_model
 import data
 import eval as evaluation
+import moco
 from data import DataError
 from scan import Scan, ScanSampler, info_nce
 
 VERSION = 1
 
-# batch: global. Of the paper (RN, Swin: betas .9 .999 1e-8); vit_tiny is ours, for two CPU cores.
-RECIPE = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224)
-RECIPES = {arch: RECIPE for arch in clip_model.ARCHS} | {
-    "vit_tiny": dict(epochs=60, batch_size=128, lr=1e-3, wd=0.1, image_size=64)
+# batch: global. Of the paper; MoCo's rate is 1.5e-4 x batch / 256. The tiny ones are ours, for two CPU cores.
+CLIP = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, prune=0.3)
+MOCO = dict(epochs=100, batch_size=600, wd=0.1, warmup=10.0, image_size=224, prune=0.35)
+RECIPES = {arch: CLIP for arch in clip_model.ARCHS} | {
+    "vit_tiny": CLIP | dict(epochs=60, batch_size=128, image_size=64),
+    "moco_vit_s16": MOCO,
+    "moco_vit_b16": MOCO | dict(batch_size=370),
+    "moco_vit_tiny": MOCO | dict(epochs=60, batch_size=128, lr=1e-3, warmup=3.0, image_size=64),
 }
 # The built-in data, on two CPU cores: so few steps that a large model needs a low rate.
-SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, wd=0.1, warmup=1.0, image_size=64)
+SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, warmup=1.0, image_size=64)
 SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0)
+
+TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
 
 # a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
 METHOD = (
@@ -64,18 +72,19 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--arch", choices=list(clip_model.ARCHS), default="vit_b32")
+    add("--arch", choices=list(RECIPES), default="vit_b32")
     add(
         "--data",
         default="shapes",
-        help="shapes[:N], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders",
+        help="shapes[:N], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders, cifar10[:DIR]",
     )
     add(
         "--val-data",
-        help="the same kinds; class folders: zero-shot, pairs: retrieval (built-in data: its own)",
+        help="the same kinds: zero-shot (classes) or retrieval (pairs); MoCo: kNN. Built-in data: its own",
     )
     add("--img-key", default="filepath", help="column of a CSV")
     add("--caption-key", default="title", help="column of a CSV")
+    add("--label-key", help="MoCo's kNN: column of a CSV, or key in the .json of tar shards, with the class")
     add(
         "--mismatch",
         type=float,
@@ -86,8 +95,7 @@ def parse_args(argv=None):
     add(
         "--prune",
         type=float,
-        default=0.3,
-        help="rho: average share left out per round; 0 trains on the full data",
+        help="rho: average share left out per round (CLIP 0.3, MoCo 0.35); 0 trains on the full data",
     )
     add("--rho-red", type=float, help="share marked redundant, if not --prune")
     add("--rho-ill", type=float, help="share marked ill-matched, if not --prune")
@@ -133,11 +141,15 @@ def parse_args(argv=None):
     add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
     args = parser.parse_args(argv)
 
-    shapes = args.data.startswith("shapes")
-    defaults = (SHAPES_TINY if args.arch == "vit_tiny" else SHAPES) if shapes else RECIPES[args.arch]
+    shapes, is_moco = args.data.startswith("shapes"), args.arch in moco.ARCHS
+    defaults = RECIPES[args.arch]
+    if shapes:
+        defaults = defaults | (SHAPES_TINY if args.arch.endswith("tiny") else SHAPES)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, min(value, args.epochs) if name == "warmup" else value)
+    if args.lr is None:
+        args.lr = 1.5e-4 * args.batch_size / 256
     args.rho_red = args.prune if args.rho_red is None else args.rho_red
     args.rho_ill = args.prune if args.rho_ill is None else args.rho_ill
     args.out = args.out or f"runs/{args.arch}-prune{args.prune:g}-seed{args.seed}"
@@ -172,13 +184,19 @@ def parse_args(argv=None):
         "batch_size",
         f"divisible by {world} rank(s) x {args.accum} --accum",
     )
-    patch = clip_model.ARCHS[args.arch]["vision"].get("patch", 32)
+    patch = (
+        moco.ARCHS[args.arch]["patch"] if is_moco else clip_model.ARCHS[args.arch]["vision"].get("patch", 32)
+    )
     need(args.image_size % patch == 0, "image_size", f"a multiple of {patch} for {args.arch}")
     if args.accum > 1 and not args.arch.startswith("vit"):
         parser.error(
             f"--accum: not exact with the BatchNorm or stochastic depth of {args.arch}; use more ranks "
             f"instead"
         )
+    if is_moco and args.mismatch:
+        parser.error("--mismatch shuffles captions, and MoCo reads none")
+    if is_moco and args.vocab:
+        parser.error("--vocab is for captions, and MoCo reads none")
     return args
 
 
@@ -256,44 +274,56 @@ def learning_rate(epoch, args):
     return args.lr * (1 + math.cos(math.pi * min(done, 1))) / 2
 
 
+def moco_momentum(epoch, args):
+    return 1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+
+
 def make_optimizer(model, args, device):
-    # weight matrices decay; biases, norms, the class token and the logit scale do not
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    # CLIP: weight matrices decay; biases, norms, the class token and the logit scale do not. MoCo: all do.
+    least = 0 if args.arch in moco.ARCHS else 2
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= least]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < least]
     betas, eps = ((0.9, 0.98), 1e-6) if args.arch.startswith("vit") else ((0.9, 0.999), 1e-8)
     groups = [{"params": decay, "weight_decay": args.wd}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=device.type == "cuda")
 
 
 def clip_losses(image, text, scale):
-    """Both directions of Eq. 1, one loss per sample."""
-    return info_nce(image, text, scale), info_nce(text, image, scale)
+    """-> (b,) losses of both directions of Eq. 1, and what to minimise."""
+    a, b = info_nce(image, text, scale), info_nce(text, image, scale)
+    return a, b, ((a + b) / 2).mean()
 
 
-def forward_backward(model, images, tokens, autocast):
+def moco_losses(q1, q2, k1, k2):
+    """-> (b,) losses of both views, and what to minimise: MoCo v3 weighs it by twice the temperature."""
+    a, b = info_nce(q1, k2, 1 / TEMPERATURE), info_nce(q2, k1, 1 / TEMPERATURE)
+    return a, b, 2 * TEMPERATURE * (a + b).mean()
+
+
+def forward_backward(model, inputs, losses, autocast):
     """-> per-sample losses of both directions, detached, and the features; gradients are in place."""
     with autocast:
-        features = model(images, tokens)
-    a, b = clip_losses(*features)
-    ((a + b) / 2).mean().backward()
+        features = model(*inputs)
+    a, b, loss = losses(*features)
+    loss.backward()
     return a.detach(), b.detach(), features
 
 
-def forward_backward_accumulated(model, images, tokens, autocast, accum):
-    """The same losses and gradients with the memory of one micro-batch, in two passes.
+def forward_backward_accumulated(model, inputs, losses, autocast, accum):
+    """The same losses and gradients with the memory of one micro-batch, in two passes (CLIP).
 
     First all features without a graph: with them the loss of the full global batch, and its gradient with
     respect to each feature. Then every micro-batch again, with its graph, to carry those gradients on to the
     parameters.
     """
-    chunks = list(zip(images.chunk(accum), tokens.chunk(accum), strict=True))
+    chunks = list(zip(*(x.chunk(accum) for x in inputs), strict=True))
     core = getattr(model, "module", model)
     with torch.no_grad(), autocast:
         parts = [core(*chunk) for chunk in chunks]
     features = [torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), parts[0][2]]
     features = [f.detach().requires_grad_() for f in features]
-    a, b = clip_losses(*features)
-    ((a + b) / 2).mean().backward()
+    a, b, loss = losses(*features)
+    loss.backward()
     gradients = zip(features[0].grad.chunk(accum), features[1].grad.chunk(accum), strict=True)
     for k, (chunk, (image_grad, text_grad)) in enumerate(zip(chunks, gradients, strict=True)):
         last = k == accum - 1
@@ -353,7 +383,7 @@ def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
                 f"{args.out} holds a run with --{name.replace('_', '-')} {before}, this one has {now}: "
                 f"choose another --out"
             )
-    if checkpoint["tokenizer"] != tokenizer.name:
+    if checkpoint["tokenizer"] != tokenizer:
         raise TrainError(
             f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out"
         )
@@ -473,16 +503,24 @@ def train(args, rank, world, device):
             print(text, flush=True)
 
     torch.manual_seed(args.seed)  # initial weights; what is random later has seeds of its own
-    tokenizer = evaluation.tokenizer_for(args.vocab)
+    is_moco = args.arch in moco.ARCHS
+    tokenizer = None if is_moco else evaluation.tokenizer_for(args.vocab)
+    text = None if is_moco else tokenizer.name
     dataset, keep = training_data(args, tokenizer)
     fingerprint, total = dataset.fingerprint(), len(dataset)
     check_ranks_agree("data", torch.tensor(list(fingerprint.encode())), device)
     val = open_source(args.val_data, False, args) if args.val_data else None
+    if is_moco and val is not None and (val.labels is None or dataset.source.labels is None):
+        raise TrainError("--val-data: MoCo's kNN needs classes in it and in --data; name their --label-key")
     steps_full = int(keep.sum()) // args.batch_size
     if args.warmup is None:  # the paper's 10k steps, on small data a twentieth of the run
         args.warmup = round(min(10_000 / steps_full, 0.05 * args.epochs), 4)
 
-    model = clip_model.create(args.arch, args.image_size, tokenizer.vocab_size).to(device)
+    if is_moco:
+        model, losses = moco.create(args.arch, args.image_size), moco_losses
+    else:
+        model, losses = clip_model.create(args.arch, args.image_size, tokenizer.vocab_size), clip_losses
+    model.to(device)
     optimizer = make_optimizer(model, args, device)
     scan = Scan(
         total,
@@ -506,7 +544,7 @@ def train(args, rank, world, device):
         dist.barrier()  # --out exists
     checkpoint = load(args.out, say)
     if checkpoint:
-        refuse_other_run(checkpoint, args, tokenizer, fingerprint, total)
+        refuse_other_run(checkpoint, args, text, fingerprint, total)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scan.load_state_dict(checkpoint["scan"])
@@ -537,7 +575,7 @@ def train(args, rank, world, device):
     stop = StopSignal(world)
     line = ProgressLine(rank)
 
-    say(f"data      {args.data}: {total:,} pairs, hash {fingerprint}; text as {tokenizer.name}")
+    say(f"data      {args.data}: {total:,} samples, hash {fingerprint}" + f"; text as {text}" * (not is_moco))
     say(f"model     {args.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     say(f"running   {world} rank(s) on {device.type}, {'bf16' if bf16 else 'fp32'}, compile {compiled}")
     say_settings(args, world, say)
@@ -552,7 +590,7 @@ def train(args, rank, world, device):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scan": scan.state_dict()}
             state |= {"epoch": epoch, "step": step, "totals": totals, "samples_seen": samples_seen}
-            state |= {"args": vars(args), "tokenizer": tokenizer.name, "version": VERSION}
+            state |= {"args": vars(args), "tokenizer": text, "version": VERSION}
             save(args.out, state | {"data": {"size": total, "hash": fingerprint}})
 
     for epoch in range(first_epoch, args.epochs):
@@ -569,25 +607,26 @@ def train(args, rank, world, device):
         began = waiting_since = time.monotonic()
         seconds_before = totals["seconds"]
         step = start_step
-        for ids, images, tokens, failed in loader:
+        for ids, failed, *batch in loader:
             totals["data_seconds"] += time.monotonic() - waiting_since
-            images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
-            images = data.normalize(images)
+            inputs = dataset.inputs(*batch, device, model.mean_std)
             rate = learning_rate(epoch + step / steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             # stochastic depth draws from this: no generator's state to save
             torch.manual_seed(hash((args.seed, epoch, step, rank)) % 2**63)
 
+            if is_moco:
+                model.update_momentum_encoder(moco_momentum(epoch + step / steps, args))
             if args.accum > 1:
-                a, b, features = forward_backward_accumulated(module, images, tokens, autocast, args.accum)
+                a, b, features = forward_backward_accumulated(module, inputs, losses, autocast, args.accum)
             else:
-                a, b, features = forward_backward(module, images, tokens, autocast)
+                a, b, features = forward_backward(module, inputs, losses, autocast)
             scan.observe(ids, a, b)  # SCAN watches; the loss stays as it is
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(100))
+            if not is_moco:
+                model.logit_scale.data.clamp_(0, math.log(100))
 
             step += 1
             totals["samples"] += args.batch_size
@@ -639,7 +678,7 @@ def train(args, rank, world, device):
         )
         last = epoch + 1 == args.epochs
         if val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0)):
-            result = evaluate(model, tokenizer, val, device, args.workers)
+            result = evaluate(model, tokenizer, dataset.source, val, device, args.workers)
             log.add({"event": "eval", "epoch": epoch} | result)
             say("    " + scores(result))
         start_step, totals = 0, {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}
@@ -663,14 +702,11 @@ def say_settings(args, world, say):
 
 def training_data(args, tokenizer):
     """-> dataset, and the mask (N,) of what --keep keeps; refuses data too small for the batch."""
-    dataset = data.Pairs(
-        open_source(args.data, True, args),
-        tokenizer,
-        data.train_transform(args.image_size),
-        draft=math.ceil(args.image_size / math.sqrt(0.9)),  # the smallest crop still covers the image size
-        seed=args.seed,
-        mismatch=args.mismatch,
-    )
+    source = open_source(args.data, True, args)
+    if tokenizer is None:
+        dataset = data.Views(source, args.image_size, seed=args.seed)
+    else:
+        dataset = data.Pairs(source, tokenizer, args.image_size, seed=args.seed, mismatch=args.mismatch)
     keep = read_keep(args.keep, len(dataset))
     size = int(keep.sum())
     if size < args.batch_size:
@@ -689,8 +725,9 @@ def open_source(spec, train_split, args):
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not first:
         dist.barrier()
-    keys = {"image_key": args.img_key, "caption_key": args.caption_key}
-    source = data.open_source(spec, train=train_split, size=args.image_size, **keys)
+    keys = {"image_key": args.img_key, "caption_key": args.caption_key, "label_key": args.label_key}
+    captions = args.arch not in moco.ARCHS
+    source = data.open_source(spec, train=train_split, size=args.image_size, captions=captions, **keys)
     if dist.is_initialized() and first:
         dist.barrier()
     return source
@@ -709,11 +746,14 @@ def read_keep(path, total):
     return torch.zeros(total, dtype=torch.bool).index_fill_(0, torch.from_numpy(ids.astype(np.int64)), True)
 
 
-def evaluate(model, tokenizer, val, device, workers):
-    """Zero-shot on labelled data, retrieval on pairs."""
+def evaluate(model, tokenizer, source, val, device, workers):
+    """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN, on features of `source`."""
     model.eval()
-    protocol = evaluation.zeroshot if val.labels is not None else evaluation.retrieval
-    result = protocol(model, tokenizer, val, device, workers=workers)
+    if tokenizer is None:
+        result = evaluation.knn(model, source, val, device, workers=workers)
+    else:
+        protocol = evaluation.zeroshot if val.labels is not None else evaluation.retrieval
+        result = protocol(model, tokenizer, val, device, workers=workers)
     return {k: v if k == "n" else round(v, 5) for k, v in result.items()}
 
 
