@@ -31,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 
 import clip_model
@@ -211,31 +212,24 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def zeroshot_classes(source, classnames=None, wnids=None):
-    """-> (names of the classes to describe, folders that they go by), from --classnames and --wnids."""
-    folders = source.classes
+    """--classnames and --wnids -> (names to describe the classes by, folders that they are known by)."""
+    folders = wnids or source.classes
     numbers = all(name.isdecimal() for name in folders)
     are_wnids = all(_WNID.fullmatch(name) for name in folders)
-    if wnids:
-        folders = wnids
-    if classnames is None and (numbers or are_wnids) and len(folders) != 1000:
-        what = (
-            "numbers: give --classnames" if numbers else "wnids, but not 1000: give --wnids and --classnames"
-        )
-        raise EvalError(f"the class folders are {what} (imagenet: torchvision's names)")
-    if classnames == "imagenet" or classnames is None and (numbers or are_wnids):
-        from torchvision.models import ViT_B_16_Weights
-
+    if classnames is None and not numbers and not (are_wnids and len(folders) == 1000):
+        if are_wnids:
+            raise EvalError(f"{len(folders)} wnids: give the order of all 1000 with --wnids, or --classnames")
+        return folders, folders
+    if classnames is None and numbers:
+        raise EvalError("the class folders are numbers: give --classnames (imagenet, for ImageNet-V2)")
+    names = classnames
+    if classnames in (None, "imagenet"):
         names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
-        if are_wnids and len(folders) != 1000:
-            raise EvalError(
-                f"--classnames imagenet needs the order of the 1000 wnids, not {len(folders)}: --wnids"
-            )
-    else:
-        names = folders if classnames is None else classnames
-    if numbers and not wnids:
+    if numbers:
         return names, [str(k) for k in range(len(names))]
     if len(names) != len(folders):
-        raise EvalError(f"--classnames has {len(names)} names, for {len(folders)} classes")
+        hint = "; give the order of all wnids with --wnids" if are_wnids and not wnids else ""
+        raise EvalError(f"--classnames has {len(names)} names, for {len(folders)} classes{hint}")
     return names, folders
 
 
@@ -389,32 +383,38 @@ class Classifier(nn.Module):
 class Labelled(data.Samples):
     """Items (id, id that can't be read or -1, image, label), augmented by (seed, epoch, id)."""
 
-    def __init__(self, source, transform, seed):
+    def __init__(self, source, transform, draft, seed):
         super().__init__(source, seed)
-        self.transform = transform
+        self.transform, self.draft = transform, draft
 
     def read(self, i):
-        return self.transform(self.source.image(i)), int(self.source.labels[i])
+        return self.transform(self.source.image(i, self.draft)), int(self.source.labels[i])
 
 
 def train_classifier(
     classifier, train, augment, device, *, epochs, batch_size, lr, wd, warmup, workers, seed=0
 ):
-    """AdamW (SGD for a frozen backbone) with a linear warm-up of `warmup` steps, then a cosine to 0."""
+    """AdamW, or SGD for a frozen backbone, with a linear warm-up of `warmup` steps, then a cosine to 0.
+
+    augment: "light" crops (CLIP's), "flip" (crops of 8 to 100 %, flips), or "deit" (these, RandAugment,
+    random erasing, MixUp or CutMix, label smoothing).
+    """
     rank, world = _ranks()
-    size, deit = classifier.model.image_size, augment == "deit"
-    if augment == "light":
-        transforms = [v2.RandomResizedCrop(size, (0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)]
+    size, smallest = classifier.model.image_size, 0.9 if augment == "light" else 0.08
+    steps = [v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=v2.InterpolationMode.BICUBIC)]
+    if augment != "light":
+        steps += [v2.RandomHorizontalFlip()]
+    if augment == "deit":
+        steps += [v2.RandAugment(2, 9), v2.PILToTensor(), v2.RandomErasing(0.25)]
     else:
-        transforms = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] + deit * [v2.RandAugment(2, 9)]
-    transforms += [v2.PILToTensor()] + deit * [v2.RandomErasing(0.25)]
-    dataset = Labelled(train, v2.Compose(transforms), seed)
-    classes = len(train.classes)
-    mix = v2.RandomChoice(
-        [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
-    )
+        steps += [v2.PILToTensor()]
+    dataset = Labelled(train, v2.Compose(steps), math.ceil(size / math.sqrt(smallest)), seed)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(train.classes)),
+                           v2.CutMix(alpha=1.0, num_classes=len(train.classes))])  # fmt: skip
 
     batch_size = min(batch_size, len(dataset)) // world * world
+    if batch_size < 2:
+        raise EvalError(f"{len(dataset)} samples are too few to train on with {world} rank(s)")
     sampler = ScanSampler(batch_size, rank, world, seed=seed)
     pin = device.type == "cuda"
     loader = DataLoader(
@@ -433,11 +433,8 @@ def train_classifier(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=pin and torch.cuda.is_bf16_supported())
 
     everything, per_epoch = torch.arange(len(dataset)), len(dataset) // batch_size
-    warmup, total = (
-        min(5 * per_epoch if warmup is None else warmup, epochs * per_epoch // 5),
-        epochs * per_epoch,
-    )
-    step = 0
+    step, total = 0, epochs * per_epoch
+    warmup = min(5 * per_epoch if warmup is None else warmup, total // 5)  # short runs: at most a fifth
     for epoch in range(epochs):
         dataset.set_epoch(epoch)
         sampler.set_epoch(epoch, everything)
@@ -450,18 +447,18 @@ def train_classifier(
             torch.manual_seed(hash((seed, epoch, step, rank)) % 2**63)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = data.normalize(images, classifier.model.mean_std)
-            if deit:
+            if augment == "deit":
                 images, labels = mix(images, labels)
             with autocast:
                 logits = module(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1 if deit else 0.0)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1 if augment == "deit" else 0.0)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if not classifier.frozen:
                 nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             step += 1
-            progress(f"epoch {epoch}/{epochs}  step {step:,}/{total:,}  loss {loss.item():.4f}")
+            progress(f"epoch {epoch}/{epochs}  step {step:,}/{total:,}")
         if not math.isfinite(loss.item()):
             raise EvalError(f"loss not finite in epoch {epoch}: a lower --lr may help")
     progress("")
@@ -668,7 +665,8 @@ def run(args):
 
     head, frozen = None, args.command == "linear"
     if tokenizer is not None and not frozen:
-        classes, _ = zeroshot_classes(train, _classnames(args))
+        names, folders = zeroshot_classes(train, _classnames(args))
+        classes = [names[folders.index(folder)] for folder in train.classes]
         templates = templates or getattr(train, "templates", ["a photo of a {}."])
         head = (
             zeroshot_classifier(model, tokenizer, classes, templates, device) * model.logit_scale.exp().item()
@@ -678,8 +676,9 @@ def run(args):
     batch = min(given.get("batch_size", recipe["batch_size"]), len(train))
     if tokenizer is None or frozen:  # these rates are for a batch of 1024
         recipe = recipe | {"lr": recipe["lr"] * batch / recipe["batch_size"]}
+    torch.manual_seed(args.seed)
     classifier = Classifier(model, len(train.classes), frozen, head).to(device)
-    augment = "crop" if frozen else "light" if tokenizer is not None else "deit"
+    augment = "flip" if frozen else "light" if tokenizer is not None else "deit"
     train_classifier(
         classifier, train, augment, device, workers=args.workers, seed=args.seed, **(recipe | given)
     )
