@@ -139,14 +139,15 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-class BatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the global batch: torch's on GPUs, and the same by hand for ranks on CPUs."""
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over the global batch. (torch's SyncBatchNorm does that too, but on GPUs alone.)"""
 
     def forward(self, x):  # (b, width), b equal on all ranks
-        distributed = dist.is_available() and dist.is_initialized()
-        if x.is_cuda or not self.training or not distributed:
+        if not (
+            self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        ):
             return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             n = len(x) * dist.get_world_size()
             mean = _SumOverRanks.apply(x.sum(0)) / n

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from PIL import Image
 import clip_model
 import data
 import eval as evaluation
+import moco
 import train
 from scan import Scan, ScanSampler, coreset, info_nce, prune_ratio, pruned_set, select_candidates, warmed_up
 
@@ -479,6 +481,167 @@ def test_overfits_one_batch():
         a, _, _ = train.forward_backward(model, inputs, train.clip_losses, FLOAT32)
         optimizer.step(), optimizer.zero_grad()
     assert a.mean() < 0.6 * math.log(16)  # stuck models stay at ln(batch)
+
+
+# ---------------------------------------------------------------- MoCo v3
+
+
+def small_moco():
+    torch.manual_seed(0)
+    return moco.create("moco_vit_tiny", 32)
+
+
+def test_moco_keys_come_from_a_moving_average_without_gradient():
+    model, views = small_moco(), torch.randn(2, 8, 3, 32, 32, generator=generator())
+    encoders = model.base_encoder, model.momentum_encoder
+    assert all(p.equal(k) for p, k in zip(*(e.parameters() for e in encoders), strict=True))
+    q1, q2, k1, k2 = model(*views)
+    for x in (q1, q2, k1, k2):
+        assert x.shape == (8, 128) and x.dtype == torch.float32
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(8))
+    assert q1.requires_grad and q2.requires_grad and not (k1.requires_grad or k2.requires_grad)
+    with torch.no_grad():
+        for p in model.base_encoder.parameters():
+            p += 1
+    before = [p.clone() for p in model.momentum_encoder.parameters()]
+    model.update_momentum_encoder(0.9)
+    for old, base, new in zip(before, *(e.parameters() for e in encoders), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * base)
+    assert not any(p.requires_grad for p in model.momentum_encoder.parameters())
+    frozen = {n for n, p in model.base_encoder.named_parameters() if not p.requires_grad}
+    assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
+def test_moco_loss_is_the_published_one():
+    model, views = small_moco(), torch.randn(2, 8, 3, 32, 32, generator=generator())
+    q1, q2, k1, k2 = model(*views)
+    _, _, loss = train.moco_losses(q1, q2, k1, k2)
+    rows = torch.arange(8)
+    expected = sum(
+        F.cross_entropy(q @ k.T / train.TEMPERATURE, rows) * 2 * train.TEMPERATURE
+        for q, k in ((q1, k2), (q2, k1))
+    )
+    torch.testing.assert_close(loss, expected)
+    args = train.parse_args(["--arch", "moco_vit_s16", "--data", "x.tar", "--batch-size", "512"])
+    assert (args.prune, args.lr, args.epochs, args.warmup) == (0.35, 3e-4, 100, 10)
+    assert [round(train.moco_momentum(e, args), 6) for e in (0, 50, 100)] == [0.99, 0.995, 1.0]
+    groups = train.make_optimizer(model, args, torch.device("cpu")).param_groups
+    assert sum(p.numel() for p in groups[0]["params"]) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_sincos_positions_are_fixed_and_differ():
+    positions = moco.sincos_positions(4, 32)
+    assert positions.shape == (1, 17, 32) and not positions[0, 0].any()
+    assert len(positions[0].unique(dim=0)) == 17
+    row, column = 2, 3
+    expected = torch.tensor([math.sin(row), math.cos(row), math.sin(column), math.cos(column)])
+    torch.testing.assert_close(positions[0, 1 + 4 * row + column, ::8], expected)
+
+
+def moco_step(rank, world):
+    """Losses, averaged gradients and batch-norm statistics of one step at a global batch of 16."""
+    model, views = small_moco(), torch.randn(2, 16, 3, 32, 32, generator=generator())
+    mine = slice(rank * 16 // world, (rank + 1) * 16 // world)
+    model.update_momentum_encoder(0.9)
+    a, b, _ = train.forward_backward(model, views[:, mine], train.moco_losses, FLOAT32)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for grad in grads:
+        if world > 1:
+            dist.all_reduce(grad)
+            grad /= world
+    return {"a": a, "b": b, "grads": grads, "buffers": list(model.buffers())}
+
+
+@slow
+def test_moco_ranks_equal_one_process(tmp_path):
+    alone, ranks = moco_step(0, 1), run_ranks(moco_step, 2, tmp_path / "ranks")
+    for name in "ab":
+        torch.testing.assert_close(torch.cat([r[name] for r in ranks]), alone[name], rtol=0, atol=1e-5)
+    for r in ranks:
+        for name in ("grads", "buffers"):
+            for mine, expected in zip(r[name], alone[name], strict=True):
+                torch.testing.assert_close(mine, expected, rtol=1e-3, atol=2e-6)
+
+
+@slow
+def test_moco_trains_alike_on_one_and_two_ranks_and_resumes(tmp_path):
+    command = ["train.py", "--arch", "moco_vit_tiny", "--data", "shapes:128", "--image-size", "32"]
+    command += ["--batch-size", "32", "--epochs", "4", "--workers", "0", "--warmup-threshold", "9"]
+    for name, torchrun in (("one", 0), ("two", 2)):
+        said = run(*command, "--out", str(tmp_path / name), torchrun=torchrun).stdout
+    assert "top1" in said and "35% redundant" in said
+    one, two = (records(tmp_path / name) for name in ("one", "two"))
+    assert [r["loss"] for r in one if r["event"] == "epoch"][0] == pytest.approx(two[0]["loss"], abs=1e-4)
+    assert {"top1", "balanced"} <= set(one[-1])
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["scan"] for name in ("one", "two")]
+    assert states[0]["counts"].sum() == states[1]["counts"].sum() > 0
+
+    process = subprocess.Popen(
+        [sys.executable, *command, "--save-every", "1", "--out", str(tmp_path / "cut")],
+        cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for text in process.stdout:
+        if text.startswith("epoch   1"):
+            break
+    process.kill(), process.wait()
+    run(*command, "--save-every", "1", "--out", str(tmp_path / "cut"))
+    whole, cut = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "cut"))
+    assert any("momentum_encoder" in k for k in whole) and all(v.equal(cut[k]) for k, v in whole.items())
+
+
+def test_augmentation_equals_torchvision_sample_by_sample():
+    from torchvision.transforms.v2 import functional as V
+
+    images = (torch.rand(48, 3, 24, 24, generator=generator()) * 255).to(torch.uint8)
+    images[:16, 0] = 7  # flat channels: hues at the corners
+    torch.manual_seed(0)
+    drawn = torch.stack([data.draw_view(0.5, 0.5) for _ in images])
+    adjust = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
+    for x, numbers, mine in zip(images / 255, drawn, data.augment(images, drawn) / 255, strict=True):
+        for kind in list(itertools.permutations(range(4)))[int(numbers[data.ORDER])]:
+            x = adjust[kind](x, numbers[kind].item())
+        if numbers[data.GREY]:
+            x = V.rgb_to_grayscale(x, 3)
+        if numbers[data.SIGMA]:
+            x = V.gaussian_blur(x, [13, 13], [numbers[data.SIGMA].item()] * 2)
+        if numbers[data.SOLARIZE]:
+            x = V.solarize(x, 128 / 255)
+        if numbers[data.FLIP]:
+            x = V.horizontal_flip(x)
+        assert ((x - mine).abs() < 2e-3).double().mean() > 0.99  # but where solarizing tips at its threshold
+    neutral = torch.tensor([[1.0, 1, 1, 0, 0, 0, 0, 0, 0]] * 48)
+    torch.testing.assert_close(data.augment(images, neutral), images.float(), rtol=0, atol=1e-3)
+
+
+def test_views_follow_the_stated_distributions_and_differ_per_sample():
+    torch.manual_seed(0)
+    n = 4000
+    for view in data.MOCO_VIEWS:
+        x = torch.stack([data.draw_view(**view) for _ in range(n)])
+        jittered = x[:, data.BRIGHTNESS] != 1
+        blurred = x[:, data.SIGMA] > 0
+        for chosen, p in (
+            (jittered, 0.8), (x[:, data.GREY], 0.2), (x[:, data.FLIP], 0.5),
+            (blurred, view["blur"]), (x[:, data.SOLARIZE], view["solarize"]),
+        ):  # fmt: skip
+            assert abs(chosen.double().mean().item() - p) <= 4 * math.sqrt(p * (1 - p) / n)
+        for kind, centre, reach in zip(range(4), (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1), strict=True):
+            values = x[jittered, kind]
+            assert (values - centre).abs().max() <= reach + 1e-6
+            assert values.std() == pytest.approx(reach / math.sqrt(3), rel=0.05)
+        sigma = x[blurred, data.SIGMA]
+        assert 0.1 <= sigma.min() and sigma.max() <= 2 and sigma.mean() == pytest.approx(1.05, rel=0.08)
+        assert len(x[jittered, data.ORDER].unique()) == 24
+    dataset = data.Views(data.Shapes(8), 16, seed=1)
+    _, _, crops, drawn = data.collate([dataset[i] for i in (0, 0, 1)])
+    assert crops.shape == (3, 2, 3, 16, 16) and crops.dtype == torch.uint8 and drawn.shape == (3, 2, 9)
+    assert crops[0].equal(crops[1]) and drawn[0].equal(drawn[1])  # by (seed, epoch, id) alone
+    assert not drawn[0].equal(drawn[2]) and not drawn[0, 0].equal(drawn[0, 1])
+    assert not crops[0, 0].equal(crops[0, 1])
+    dataset.set_epoch(1)
+    assert not dataset[0][3].equal(drawn[0])
 
 
 # ---------------------------------------------------------------- data
