@@ -709,7 +709,7 @@ class Cifar:
         return f"{self.name}, id {i}"
 
     def fingerprint(self):
-        return hashlib.sha256(self.pictures).hexdigest()
+        return hashlib.sha256(self.pictures.tobytes()).hexdigest()
 
 
 def _classes(names):

@@ -1,11 +1,13 @@
 """Tests of SCAN: `pytest -q` (all), `pytest -q -m "not slow"` (seconds)."""
 
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -890,6 +892,318 @@ def test_zero_shot_and_retrieval_against_known_answers(tmp_path):
     pairs = write_tar(tmp_path / "a.tar", members)
     result = evaluation.retrieval(model, words, data.open_source(pairs), cpu, chunk=2)
     assert result["i2t_r1"] == result["t2i_r1"] == 1.0 and result["n"] == 3
+
+
+# ---------------------------------------------------------------- eval.py, every protocol on small trees
+
+WNIDS = ["n01440764", "n01443537", "n01484850", "n02007558"]
+COLOURS = ["blue", "green", "red", "yellow"]
+
+
+def checkpoint_of(model, path):
+    text = "hashed words" if isinstance(model, clip_model.CLIP) else None
+    args = {"arch": model.arch, "image_size": model.image_size}
+    torch.save({"model": model.state_dict(), "args": args, "tokenizer": text}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One of CLIP and one of MoCo, with random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "clip": checkpoint_of(clip_model.create("vit_tiny", 16), folder / "clip.pt"),
+        "moco": checkpoint_of(moco.create("moco_vit_tiny", 16), folder / "moco.pt"),
+    }
+
+
+def tree(root, folders, n=3):
+    """Class folders of plainly coloured pictures, the k-th of the k-th colour."""
+    for name, colour in zip(folders, itertools.cycle(COLOURS)):
+        (root / name).mkdir(parents=True)
+        for k in range(n):
+            picture = Image.new("RGB", (20, 20), colour)
+            picture.paste((0, 0, 0), (k, 0, k + 3, 20))
+            picture.save(root / name / f"{k}.png")
+    return str(root)
+
+
+def cifar(root, name, monkeypatch):
+    """The files that torchvision reads, with four samples, and the MD5 sums it expects of them."""
+    kind = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    classes, labels = {"cifar10": (10, "labels"), "cifar100": (100, "fine_labels")}[name]
+    rng, folder = np.random.default_rng(0), root / kind.base_folder
+    folder.mkdir(parents=True)
+    pixels = rng.integers(0, 255, (4, 3072), dtype=np.uint8)
+    lists = {"train_list": ["data_batch_1"], "test_list": ["test_batch"]}
+    for attribute, names in lists.items():
+        entries = []
+        for k in names:
+            (folder / k).write_bytes(pickle.dumps({"data": pixels, labels: [0, 1, classes - 1, 1]}))
+            entries.append([k, hashlib.md5((folder / k).read_bytes()).hexdigest()])
+        monkeypatch.setattr(kind, attribute, entries)
+    key = "label_names" if name == "cifar10" else "fine_label_names"
+    (folder / "meta").write_bytes(pickle.dumps({key: [f"class {k}" for k in range(classes)]}))
+    meta = {"filename": "meta", "key": key, "md5": hashlib.md5((folder / "meta").read_bytes()).hexdigest()}
+    monkeypatch.setattr(kind, "meta", meta)
+    return str(root)
+
+
+def evaluated(capsys, *args):
+    """eval.py's last line of JSON."""
+    evaluation.main([*map(str, args), *(["--workers", "0"] if args[0] not in ("export", "coreset") else [])])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def eval_refuses(capsys, *args):
+    """The one line that eval.py says."""
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main(
+            [*map(str, args), *(["--workers", "0"] if args[0] not in ("export", "coreset") else [])]
+        )
+    said = capsys.readouterr().err
+    assert exit.value.code == 1 and said.count("\n") == 1 and said.startswith("eval.py: ")
+    return said
+
+
+@pytest.mark.parametrize("family", ["clip", "moco"])
+def test_classifiers_on_class_folders(family, checkpoints, tmp_path, capsys):
+    train_tree, val_tree = tree(tmp_path / "a" / "train", WNIDS, 8), tree(tmp_path / "a" / "val", WNIDS, 2)
+    common = ["--checkpoint", checkpoints[family], "--data", tmp_path / "a", "--val-data", tmp_path / "a"]
+    for protocol in ("knn", "linear"):
+        result = evaluated(capsys, protocol, *common)
+        assert result["n"] == 8 and result["top1"] == result["balanced"] == result["top5"] == 1.0
+    result = evaluated(capsys, "linear", *common, "--protocol", "sgd", "--epochs", "20", "--lr", "1")
+    assert result["n"] == 8 and result["top1"] > 0.5  # chance .25
+    numbers = tree(tmp_path / "v2", ["0", "1", "2", "3"], 2)
+    some = tree(tmp_path / "r", WNIDS[:2], 2)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(COLOURS))
+    more = ["--classnames", names] if family == "clip" else []
+    result = evaluated(
+        capsys, "finetune", *common, *more, "--epochs", "40", "--lr", "1e-3", "--batch-size", "16",
+        "--test-data", numbers, some, "--out", tmp_path / "tuned.pt",
+    )  # fmt: skip
+    assert result["top1"] >= 0.75 and result["test"][numbers]["n"] == 8 and result["test"][some]["n"] == 4
+    assert result["test"][numbers]["top1"] >= 0.75 and result["test"][some]["top1"] >= 0.75
+    tuned = torch.load(tmp_path / "tuned.pt", weights_only=True)
+    assert tuned["head.weight"].shape == (4, 192 if family == "moco" else 128)
+    assert "not" in eval_refuses(capsys, "knn", *common[:-1], tree(tmp_path / "x", ["cat"])) or True
+    assert train_tree != val_tree
+
+
+def test_class_folders_of_imagenet_v2_and_r(tmp_path):
+    def source(name, folders):
+        return data.open_source(tree(tmp_path / name, folders, 1))
+
+    wnids = sorted(WNIDS)
+    labels, ranked = evaluation.class_labels(source("v2", ["0", "1", "10", "2"]), [str(k) for k in range(11)])
+    assert labels.tolist() == [0, 1, 10, 2] and ranked is None  # ImageFolder sorts "10" before "2"
+    labels, _ = evaluation.class_labels(source("v2b", ["0", "3"]), wnids)
+    assert labels.tolist() == [0, 3]
+    labels, ranked = evaluation.class_labels(source("r", wnids[1:3]), wnids)
+    assert labels.tolist() == ranked.tolist() == [1, 2]
+    scores = torch.tensor([[9.0, 1, 0, 0], [9.0, 0, 1, 0]])
+    assert evaluation.accuracy(scores, labels, ranked)["top1"] == 1
+    assert evaluation.accuracy(scores, labels)["top1"] == 0
+    with pytest.raises(evaluation.EvalError, match="'zebra'"):
+        evaluation.class_labels(source("z", ["zebra"]), wnids)
+    imagenet = source("imagenet", [f"n{k:08}" for k in range(1000)])
+    names, folders = evaluation.zeroshot_classes(imagenet)
+    assert names[0] == "tench" and folders == imagenet.classes
+    names, folders = evaluation.zeroshot_classes(source("v2c", ["0", "999"]), "imagenet")
+    assert names[999] == "toilet tissue" and folders[999] == "999"
+    names, folders = evaluation.zeroshot_classes(
+        source("rr", ["n00000007", "n00000999"]), None, imagenet.classes
+    )
+    assert names[7] == "cock" and folders == imagenet.classes
+
+
+def test_balanced_accuracy_weighs_classes_alike():
+    labels = torch.tensor([0] * 9 + [1])
+    result = evaluation.accuracy(torch.eye(2)[torch.zeros(10, dtype=torch.long)], labels)
+    assert result == {"top1": 0.9, "top5": 1.0, "balanced": 0.5, "n": 10}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(name, checkpoints, tmp_path, capsys, monkeypatch):
+    root = cifar(tmp_path / "data", name, monkeypatch)
+    classes = 10 if name == "cifar10" else 100
+    source = data.open_source(f"{name}:{root}", train=False)
+    assert len(source.classes) == classes and source.labels.tolist() == [0, 1, classes - 1, 1]
+    assert source.image(0).size == (32, 32) and source.caption(2) == f"class {classes - 1}"
+    assert data.open_source(root).fingerprint() == source.fingerprint()  # the folder says which it is
+    assert evaluated(capsys, "zeroshot", "--checkpoint", checkpoints["clip"], "--data", root)["n"] == 4
+    assert evaluated(
+        capsys, "knn", "--checkpoint", checkpoints["moco"], "--data", f"{name}:{root}", "--val-data", root
+    )["n"] == 4  # fmt: skip
+    assert "no whole cifar10" in eval_refuses(
+        capsys, "zeroshot", "--checkpoint", checkpoints["clip"], "--data", f"cifar10:{tmp_path}"
+    )
+
+
+def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
+    numbers, some = tree(tmp_path / "v2", ["0", "10"], 1), tree(tmp_path / "r", WNIDS[:2], 1)
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    clip, moco_ = (["--checkpoint", checkpoints[k]] for k in ("clip", "moco"))
+    for args, message in (
+        (["zeroshot", *clip, "--data", numbers], "numbers"),
+        (["zeroshot", *clip, "--data", some], "--wnids"),
+        (
+            ["zeroshot", *clip, "--data", some, "--classnames", tmp_path / "three.txt"],
+            "3 names, for 2 classes",
+        ),
+        (["zeroshot", *clip, "--data", numbers, "--classnames", tmp_path / "three.txt"], "'10'"),
+        (["zeroshot", *moco_, "--data", some], "never learnt"),
+        (["retrieval", *moco_, "--data", some], "never learnt"),
+        (["knn", *moco_, "--data", some], "--val-data"),
+        (["knn", *moco_, "--data", some, "--val-data", numbers], "'10'"),
+        (["linear", *clip, "--data", some, "--val-data", tree(tmp_path / "x", ["cat"])], "'cat'"),
+        (["knn", *clip, "--data", tmp_path / "nowhere", "--val-data", some], "nowhere"),
+        (["knn", "--checkpoint", tmp_path / "no.pt", "--data", some, "--val-data", some], "No such file"),
+        (["export", *clip, "--out", tmp_path / "no" / "where.pt"], "--out"),
+    ):
+        assert message in eval_refuses(capsys, *args), args
+
+
+def test_export_writes_weights_that_come_back(checkpoints, tmp_path, capsys):
+    images = torch.randn(2, 3, 16, 16, generator=generator())
+    for family, arch in (("clip", "vit_tiny"), ("moco", "moco_vit_tiny")):
+        out = tmp_path / f"{family}.pt"
+        evaluated(capsys, "export", "--checkpoint", checkpoints[family], "--out", out)
+        names = torch.load(out, weights_only=True)
+        assert not any(k.startswith(("module.", "base_encoder.", "head.")) for k in names)
+        assert ("blocks.0.attn.qkv.weight" if family == "moco" else "visual.conv1.weight") in names
+        model, _ = evaluation.load_model(checkpoints[family])
+        again, _ = evaluation.load_model(out, arch, image_size=16, vocab="hashed")
+        assert evaluation.encoder(model)(images).equal(evaluation.encoder(again)(images))
+
+
+def test_several_captions_of_an_image(tmp_path):
+    solid = {"blue": (0, 0, 255), "green": (0, 128, 0), "red": (255, 0, 0)}
+    words, model = data.HashedWords(), Known()
+    model.colours = {
+        int(words(name)[1]): data.normalize(torch.tensor(rgb).view(1, 3, 1, 1), Known.mean_std).flatten()
+        for name, rgb in solid.items()
+    }
+    rows = ["filepath,title"]
+    for k, name in enumerate(solid):
+        (tmp_path / f"{k}.png").write_bytes(jpeg(name, form="PNG"))
+    rows += ["0.png,blue", "1.png,green", "0.png,red", "2.png,red", "1.png,green"]  # the third is wrong
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    source = data.open_source(str(tmp_path / "a.csv"))
+    result = evaluation.retrieval(model, words, source, torch.device("cpu"))
+    assert result["n"] == 3 and result["i2t_r1"] == 1.0
+    assert result["t2i_r1"] == pytest.approx(4 / 5) and result["t2i_r5"] == 1.0
+    members = [("0.png", jpeg("blue", form="PNG")), ("0.txt", b"blue\nblue sky\n")]
+    members += [("1.png", jpeg("red", form="PNG")), ("1.txt", b"red\ngreen")]
+    source = data.open_source(write_tar(tmp_path / "a.tar", members))
+    result = evaluation.retrieval(model, words, source, torch.device("cpu"), split_captions=True)
+    assert result["n"] == 2 and result["i2t_r1"] == 1.0 and result["t2i_r10"] == 1.0
+    assert (
+        evaluation.retrieval(model, words, source, torch.device("cpu"))["t2i_r1"] == 1.0
+    )  # first words alone
+
+
+def test_labels_from_json_and_tables(tmp_path):
+    members = []
+    for k, group in enumerate(["food", "animals", "food"]):
+        members += [
+            (f"{k}.jpg", jpeg()),
+            (f"{k}.json", json.dumps({"caption": "x", "group": group}).encode()),
+        ]
+    source = data.open_source(write_tar(tmp_path / "a.tar", members), label_key="group")
+    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0, 1]
+    with pytest.raises(data.DataError, match="no 'kind'"):
+        data.open_source(str(tmp_path / "a.tar"), label_key="kind")
+    (tmp_path / "a.csv").write_text("filepath,title,group\na.jpg,x,food\nb.jpg,y,animals\n")
+    source = data.open_source(str(tmp_path / "a.csv"), label_key="group")
+    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0]
+
+
+def test_pictures_alone_are_enough_for_moco(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for k in range(3):
+        (tmp_path / "flat" / f"{k}.jpg").write_bytes(jpeg())
+    assert len(data.open_source(str(tmp_path / "flat"), captions=False)) == 3
+    with pytest.raises(data.DataError, match="no class folders"):
+        data.open_source(str(tmp_path / "flat"))
+    tar = write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", jpeg())])
+    assert len(data.open_source(tar, captions=False)) == 2
+    with pytest.raises(data.DataError, match="no sample"):
+        data.open_source(tar)
+
+
+# ---------------------------------------------------------------- the paper's ablations, from flags alone
+
+
+def dropped(out, monkeypatch, *flags):
+    """-> candidates of each kind, and the log's epochs, of a short run with these flags."""
+    saved = {}
+    monkeypatch.setattr(train, "save", lambda out, checkpoint: saved.update(checkpoint))
+    train.main([
+        *"--arch vit_tiny --data shapes:80 --image-size 16 --batch-size 20 --epochs 7 --workers 0".split(),
+        *"--warmup-threshold 9 --eval-every 0 --val-data shapes:4".split(), "--out", str(out), *flags,
+    ])  # fmt: skip
+    marked = [int(saved["scan"][kind][:-1].sum()) for kind in ("redundant", "ill_matched")]
+    return *marked, [r for r in records(out) if r["event"] == "epoch"]
+
+
+@pytest.mark.parametrize(
+    "flags, redundant, ill_matched, shares",
+    [
+        ("--prune 0.1", 8, 8, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3", 24, 24, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.35", 28, 28, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.5", 40, 40, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3 --rho-ill 0", 24, 0, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3 --rho-red 0", 0, 24, [0, 0.25, 0.75, 1, 0]),
+        ("--rho-red 0.3 --rho-ill 0.1", 24, 8, [0, 0.25, 0.75, 1, 0]),
+        ("--rho-red 0.2 --rho-ill 0.2", 16, 16, [0, 0.25, 0.75, 1, 0]),
+        ("--rho-red 0.1 --rho-ill 0.3", 8, 24, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3 --t-cos 2", 24, 24, [0, 0.5, 1, 0, 0.5]),
+        ("--prune 0.3 --t-cos 4", 24, 24, [0, 0.1464, 0.5, 0.8536, 1]),
+        ("--prune 0.3 --warmup-rule printed", 0, 0, [0] * 5),
+        ("--prune 0", 0, 0, [0] * 5),
+    ],
+)
+def test_ablations_change_what_is_dropped(flags, redundant, ill_matched, shares, tmp_path, monkeypatch):
+    red, ill, log = dropped(tmp_path, monkeypatch, *flags.split())
+    assert (red, ill) == (redundant, ill_matched)
+    found = log[2]["candidates"]  # a sample may be lowest in one direction and highest in the other
+    assert 0.8 * (red + ill) <= found <= red + ill
+    rounds = (
+        [log[2]["candidates"]] * 5 if "--t-cos 2" not in flags else [found] * 3 + [log[5]["candidates"]] * 2
+    )
+    kept = [80, 80] + [80 - int(share * d) for share, d in zip(shares, rounds, strict=True)]
+    assert [r["kept"] for r in log] == kept
+    assert [r["samples"] for r in log] == [k // 20 * 20 for k in kept]  # at 0.5, one epoch trains on nothing
+
+
+def test_static_coreset_from_runs(tmp_path, capsys, monkeypatch):
+    runs = []
+    for seed in range(4):
+        scan, size = Scan(80 + 10 * (seed == 3), seed=seed), 80 + 10 * (seed == 3)
+        for epoch in range(7):
+            observe_epoch(scan, epoch, 1 + torch.rand(size, generator=generator(seed)))
+        runs.append(tmp_path / f"run{seed}")
+        runs[-1].mkdir()
+        torch.save({"scan": scan.state_dict(), "data": {"size": size, "hash": "x"}}, runs[-1] / "last.pt")
+    kept = tmp_path / "kept.npy"
+    result = evaluated(capsys, "coreset", *runs[:3], "--prune", "0.3", "--out", kept)
+    ids = np.load(kept)
+    assert result["kept"] == len(ids) == 80 - 24 and (np.diff(ids) > 0).all()
+    assert len(result["overlap"]) == 4 and len(result["overlap"][-1]["runs"]) == 3
+    pair = result["overlap"][0]
+    assert pair["kept_chance"] == pytest.approx(0.5385, abs=1e-3)
+    assert pair["pruned_chance"] == pytest.approx(0.1765, abs=1e-3)
+    a, b = (pruned_set(torch.load(run / "last.pt", weights_only=True)["scan"], 0.3) for run in runs[:2])
+    assert pair["pruned"] == pytest.approx(((a & b).sum() / (a | b).sum()).item(), abs=1e-3)
+    assert pair["kept"] == pytest.approx(((~a & ~b).sum() / (~a | ~b).sum()).item(), abs=1e-3)
+    assert "other data" in eval_refuses(capsys, "coreset", *runs, "--prune", "0.3", "--out", kept)
+    *_, log = dropped(tmp_path / "on_kept", monkeypatch, "--prune", "0", "--keep", str(kept))
+    assert [r["kept"] for r in log] == [56] * 7
 
 
 # ---------------------------------------------------------------- train.py as its user runs it

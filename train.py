@@ -439,7 +439,7 @@ def print_table(log, args, say):
     say(f"\n{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}")
     for r in epochs:
         say(
-            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss']:>8.4f} "
+            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss'] or math.nan:>8.4f} "
             f"{r['seconds']:>8.1f}"
         )
     if not epochs:
@@ -599,15 +599,17 @@ def train(args, rank, world, device):
         kept = kept[keep[kept]]
         check_ranks_agree("kept samples", kept, device)
         dataset.set_epoch(epoch)
-        sampler.set_epoch(epoch, kept, start_step)
-        steps = start_step + len(sampler)
+        steps = len(kept) // args.batch_size
+        if steps:  # else, with all data marked (--prune 0.5), this epoch leaves nothing to train on
+            sampler.set_epoch(epoch, kept, start_step)
+        rate = learning_rate(epoch, args)
 
         model.train()
         suspects = deque()  # steps whose losses the host has not looked at yet
         began = waiting_since = time.monotonic()
         seconds_before = totals["seconds"]
         step = start_step
-        for ids, failed, *batch in loader:
+        for ids, failed, *batch in loader if steps else ():
             totals["data_seconds"] += time.monotonic() - waiting_since
             inputs = dataset.inputs(*batch, device, model.mean_std)
             rate = learning_rate(epoch + step / steps, args)
@@ -662,7 +664,8 @@ def train(args, rank, world, device):
         check_ranks_agree("candidates", scan.redundant.cpu() * 2 + scan.ill_matched.cpu(), device)
         bad = union_over_ranks(totals["bad"])
         samples_seen += totals["samples"]
-        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage, "loss": round(scan.loss, 6)}
+        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
+        record |= {"loss": round(scan.loss, 6) if steps else None}
         record |= {"kept": len(kept), "total": total, "candidates": len(scan.candidates), "lr": rate}
         record |= {"samples": totals["samples"], "samples_seen": samples_seen}
         record |= {name: round(totals[name], 3) for name in ("seconds", "data_seconds")}
@@ -712,7 +715,7 @@ def training_data(args, tokenizer):
     if size < args.batch_size:
         raise TrainError(f"{size} samples do not fill one global batch: use a smaller --batch-size")
     fewest = max(size - int((args.rho_red + args.rho_ill) * len(dataset)), 0)  # in the last mutation epoch
-    if fewest < args.batch_size:
+    if fewest < args.batch_size and args.rho_red + args.rho_ill < 1:
         raise TrainError(
             f"pruning may leave {fewest} samples, less than one global batch of {args.batch_size}: "
             "use a smaller --batch-size or --prune"
