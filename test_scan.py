@@ -969,7 +969,7 @@ def eval_refuses(capsys, *args):
 
 @pytest.mark.parametrize("family", ["clip", "moco"])
 def test_classifiers_on_class_folders(family, checkpoints, tmp_path, capsys):
-    train_tree, val_tree = tree(tmp_path / "a" / "train", WNIDS, 8), tree(tmp_path / "a" / "val", WNIDS, 2)
+    tree(tmp_path / "a" / "train", WNIDS, 8), tree(tmp_path / "a" / "val", WNIDS, 2)
     common = ["--checkpoint", checkpoints[family], "--data", tmp_path / "a", "--val-data", tmp_path / "a"]
     for protocol in ("knn", "linear"):
         result = evaluated(capsys, protocol, *common)
@@ -989,8 +989,6 @@ def test_classifiers_on_class_folders(family, checkpoints, tmp_path, capsys):
     assert result["test"][numbers]["top1"] >= 0.75 and result["test"][some]["top1"] >= 0.75
     tuned = torch.load(tmp_path / "tuned.pt", weights_only=True)
     assert tuned["head.weight"].shape == (4, 192 if family == "moco" else 128)
-    assert "not" in eval_refuses(capsys, "knn", *common[:-1], tree(tmp_path / "x", ["cat"])) or True
-    assert train_tree != val_tree
 
 
 def test_class_folders_of_imagenet_v2_and_r(tmp_path):
