@@ -12,6 +12,7 @@ The same command again resumes from --out. The method itself is in scan.py; the 
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -67,10 +68,13 @@ class TrainError(Exception):
 # ---------------------------------------------------------------- arguments
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage before it
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--arch", choices=list(RECIPES), default="vit_b32")
     add(
@@ -167,9 +171,9 @@ def parse_args(argv=None):
     if args.rho_red + args.rho_ill > 1:
         parser.error(f"redundant and ill-matched shares sum to {args.rho_red + args.rho_ill:g}, more than 1")
     for flag in ("t_cos", "epochs", "accum", "image_size"):
-        need(getattr(args, flag) >= 1, flag, "at least 1")
+        need(1 <= getattr(args, flag) < 2**31, flag, "at least 1")
     for flag in ("workers", "eval_every", "save_every", "seed"):
-        need(getattr(args, flag) >= 0, flag, "at least 0")
+        need(0 <= getattr(args, flag) < 2**63, flag, "at least 0")
     for flag in ("mismatch", "max_bad"):
         need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
     for flag in ("lr", "wd", "warmup"):
@@ -219,6 +223,20 @@ def start_ranks(args):
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device
+
+
+def mean_in_rank_order(_, bucket):
+    """DDP's averaging for ranks on CPUs, the same to the last bit in a resumed run.
+
+    Gloo's own order of summing depends on an element's place in its bucket, and DDP rearranges its buckets
+    after the first step of a process.
+    """
+    grad = bucket.buffer()
+    everyone = [torch.empty_like(grad) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, grad)
+    done = torch.futures.Future()
+    done.set_result(functools.reduce(torch.add, everyone) / len(everyone))
+    return done
 
 
 class StopSignal:
@@ -375,7 +393,7 @@ def load(out, say):
     return None
 
 
-def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
+def refuse_other_run(checkpoint, args, tokenizer, identity):
     for name in METHOD:
         before, now = checkpoint["args"].get(name), getattr(args, name)
         if before != now:
@@ -387,10 +405,13 @@ def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
         raise TrainError(
             f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out"
         )
-    if checkpoint["data"] != {"size": size, "hash": fingerprint}:
+    before = checkpoint["data"]
+    if before["kept"] != identity["kept"]:
+        raise TrainError(f"{args.out} was trained on other ids of the same --keep file: choose another --out")
+    if before != identity:
         raise TrainError(
-            f"{args.out} was trained on other data ({checkpoint['data']['size']:,} samples, hash "
-            f"{checkpoint['data']['hash']}; now {size:,}, {fingerprint}): choose another --out"
+            f"{args.out} was trained on other data ({before['size']:,} samples, hash {before['hash']}; now "
+            f"{identity['size']:,}, {identity['hash']}): choose another --out"
         )
 
 
@@ -407,15 +428,23 @@ class Log:
                         if record["epoch"] < epochs_done:
                             self.records.append(record)
         if write:
-            with open(self.path + ".new", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in self.records)
+            self._write(self.path + ".new", "w", self.records)
             os.replace(self.path + ".new", self.path)
 
     def add(self, record):
         self.records.append(record)
         if self.write:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._write(self.path, "a", [record])
+
+    @staticmethod
+    def _write(path, mode, records):
+        try:
+            with open(path, mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        except OSError as error:
+            raise TrainError(
+                f"{path}: cannot be written ({error.strerror}); the checkpoints are intact"
+            ) from None
 
 
 def found(scan, truth):
@@ -507,8 +536,9 @@ def train(args, rank, world, device):
     tokenizer = None if is_moco else evaluation.tokenizer_for(args.vocab)
     text = None if is_moco else tokenizer.name
     dataset, keep = training_data(args, tokenizer)
-    fingerprint, total = dataset.fingerprint(), len(dataset)
-    check_ranks_agree("data", torch.tensor(list(fingerprint.encode())), device)
+    total, kept_hash = len(dataset), hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:16]
+    identity = {"size": total, "hash": dataset.fingerprint(), "kept": kept_hash if args.keep else None}
+    check_ranks_agree("data", torch.tensor(list(str(identity).encode())), device)
     val = open_source(args.val_data, False, args) if args.val_data else None
     if is_moco and val is not None and (val.labels is None or dataset.source.labels is None):
         raise TrainError("--val-data: MoCo's kNN needs classes in it and in --data; name their --label-key")
@@ -544,7 +574,7 @@ def train(args, rank, world, device):
         dist.barrier()  # --out exists
     checkpoint = load(args.out, say)
     if checkpoint:
-        refuse_other_run(checkpoint, args, text, fingerprint, total)
+        refuse_other_run(checkpoint, args, text, identity)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scan.load_state_dict(checkpoint["scan"])
@@ -562,6 +592,8 @@ def train(args, rank, world, device):
     module = torch.compile(model) if compiled else model
     if world > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+        if device.type == "cpu":
+            module.register_comm_hook(None, mean_in_rank_order)
     sampler = ScanSampler(args.batch_size, rank, world, seed=args.seed)
     loader = DataLoader(
         dataset,
@@ -575,7 +607,10 @@ def train(args, rank, world, device):
     stop = StopSignal(world)
     line = ProgressLine(rank)
 
-    say(f"data      {args.data}: {total:,} samples, hash {fingerprint}" + f"; text as {text}" * (not is_moco))
+    say(
+        f"data      {args.data}: {total:,} samples, hash {identity['hash']}"
+        + f"; text as {text}" * (not is_moco)
+    )
     say(f"model     {args.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     say(f"running   {world} rank(s) on {device.type}, {'bf16' if bf16 else 'fp32'}, compile {compiled}")
     say_settings(args, world, say)
@@ -586,12 +621,13 @@ def train(args, rank, world, device):
         return
 
     def write_checkpoint(epoch, step):
+        totals["bad"] = union_over_ranks(totals["bad"])
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scan": scan.state_dict()}
             state |= {"epoch": epoch, "step": step, "totals": totals, "samples_seen": samples_seen}
             state |= {"args": vars(args), "tokenizer": text, "version": VERSION}
-            save(args.out, state | {"data": {"size": total, "hash": fingerprint}})
+            save(args.out, state | {"data": identity})
 
     for epoch in range(first_epoch, args.epochs):
         # SCAN decides what this epoch trains on: everything, or all but a random share of the candidates.
@@ -633,12 +669,7 @@ def train(args, rank, world, device):
             step += 1
             totals["samples"] += args.batch_size
             totals["bad"] += [int(i) for i in failed if i >= 0 and i not in totals["bad"]]
-            if len(totals["bad"]) > args.max_bad * total:
-                places = "; ".join(dataset.source.where(i) for i in totals["bad"][:3])
-                raise TrainError(
-                    f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of "
-                    f"{total:,}: {places}"
-                )
+            refuse_many_bad(totals["bad"], dataset, args)
             finite = [x.detach().isfinite().all(-1) for x in features[:2]] + [(a + b).isfinite()]
             suspects.append((epoch, step, ids, to_host(torch.stack(finite))))
             if len(suspects) > 4:
@@ -663,6 +694,7 @@ def train(args, rank, world, device):
         scan.end_epoch()
         check_ranks_agree("candidates", scan.redundant.cpu() * 2 + scan.ill_matched.cpu(), device)
         bad = union_over_ranks(totals["bad"])
+        refuse_many_bad(bad, dataset, args)
         samples_seen += totals["samples"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
         record |= {"loss": round(scan.loss, 6) if steps else None}
@@ -786,6 +818,16 @@ def refuse_non_finite(suspect, out):
         raise TrainError(
             f"loss not finite in epoch {epoch}, step {step}, from samples {ids[bad][:8].tolist()}: stopped; "
             f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
+        )
+
+
+def refuse_many_bad(ids, dataset, args):
+    """Of a rank's own, in each step, and of all ranks', after each epoch."""
+    if len(ids) > args.max_bad * len(dataset):
+        places = "; ".join(dataset.source.where(i) for i in ids[:3])
+        raise TrainError(
+            f"{len(ids)} samples can't be read, more than --max-bad {args.max_bad:g} of {len(dataset):,}: "
+            f"{places}"
         )
 
 
