@@ -1310,29 +1310,51 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         assert [r["epoch"] for r in records(tmp_path) if r["event"] == "epoch"] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--prune 0.6", "more than 1"),
-        ("--prune -1", "--prune"),
-        ("--rho-red 0.8", "more than 1"),
-        ("--batch-size 1", "--batch-size"),
-        ("--batch-size 30 --accum 4", "divisible"),
-        ("--image-size 33", "multiple"),
-        ("--epochs 0", "--epochs"),
-        ("--t-cos 0", "--t-cos"),
-        ("--lr nan", "--lr"),
-        ("--warmup 99", "--warmup"),
-        ("--mismatch 2", "--mismatch"),
-        ("--arch rn50 --accum 2", "--accum"),
-        ("--arch what", "--arch"),
-        ("--workers -1", "--workers"),
-    ],
-)
-def test_bad_arguments_exit_2_in_one_line(flags, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.parse_args(["--arch", "vit_tiny", "--data", "shapes:128", "--image-size", "32", *flags.split()])
-    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+ANY, SHARE = None, "-0.1 1.1 nan x"
+NATURAL, COUNT = "0 -1 1.5 99999999999999999999 x", "-1 1.5 99999999999999999999 x"
+FINITE = "-1 nan inf x"
+BAD_VALUES = {  # every flag of train.py; ANY: what is wrong with it shows when it is opened
+    "--arch": "what", "--data": ANY, "--val-data": ANY, "--img-key": ANY, "--caption-key": ANY,
+    "--label-key": ANY, "--mismatch": SHARE, "--prune": SHARE + " 0.6", "--rho-red": SHARE + " 0.8",
+    "--rho-ill": SHARE + " 0.8", "--t-cos": NATURAL, "--warmup-threshold": "nan inf x",
+    "--warmup-rule": "what", "--keep": ANY, "--epochs": NATURAL, "--batch-size": NATURAL + " 1",
+    "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99", "--image-size": NATURAL + " 33",
+    "--precision": "fp16", "--compile": "maybe", "--device": "tpu", "--workers": COUNT, "--eval-every": COUNT,
+    "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT, "--vocab": ANY, "--out": ANY,
+}  # fmt: skip
+BAD_SETS = [
+    "--rho-red 0.6 --rho-ill 0.5", "--arch rn50 --accum 2", "--arch swin_b --accum 2",
+    "--arch moco_vit_tiny --accum 2", "--arch moco_vit_tiny --mismatch 0.1",
+    "--arch moco_vit_tiny --vocab v.gz", "--no-such-flag 3", "stray", "--epochs",
+]  # fmt: skip
+
+
+def test_bad_arguments_exit_2_in_one_line(capsys, monkeypatch):
+    common = ["--arch", "vit_tiny", "--data", "shapes:128", "--image-size", "32", "--batch-size", "32"]
+    sets = [f"{flag} {value}" for flag, values in BAD_VALUES.items() for value in (values or "").split()]
+    for flags in sets + BAD_SETS:
+        with pytest.raises(SystemExit) as stop:
+            train.parse_args([*common, *flags.split()])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1, flags
+        assert any(word in said for word in flags.split() if not word[-1].isdigit()), (
+            said
+        )  # it names the flag
+    known = set()
+    monkeypatch.setattr(
+        train.Parser,
+        "parse_args",
+        lambda self, argv: known.update(self._option_string_actions) or sys.exit(0),
+    )
+    with pytest.raises(SystemExit):
+        train.parse_args([])
+    assert known == set(BAD_VALUES) | {"-h", "--help"}
+
+
+@slow
+def test_under_torchrun_rank_0_alone_says_it(tmp_path):
+    said = run(*SMALL, "--prune", "2", torchrun=2, check=1).stderr
+    assert len([line for line in said.splitlines() if "--prune" in line and "must be" in line]) == 1
 
 
 @pytest.mark.parametrize(
@@ -1352,6 +1374,155 @@ def test_bad_input_exits_1_in_one_line(flags, message, capsys, tmp_path):
         train.main([*SMALL[1:], "--device", "cpu", "--out", str(tmp_path / "out"), *flags.split()])
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.count("\n") == 1 and message in said
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+# Run as `python -c DIES moment train.py's arguments`: train.py, killed for good at that moment.
+DIES = """
+import os, signal, sys
+import torch, scan, train
+moment = sys.argv.pop(1)
+marker = os.environ.get("DIE_ONCE")
+def die(*_, **__):
+    if marker:
+        open(marker, "x").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+if marker and (os.path.exists(marker) or os.environ["RANK"] != "1"):
+    moment = ""
+observe, save, replace, add = scan.Scan.observe, torch.save, os.replace, train.Log.add
+def dying_observe(self, *args):
+    observe(self, *args)
+    if moment == f"{self.stage} {self.step}":
+        die()
+def dying_save(checkpoint, file):
+    if moment == "writing":
+        file.write(b"half a checkpoint"), file.flush(), die()
+    save(checkpoint, file)
+def dying_replace(a, b):
+    if moment == "renaming" and b.endswith("last.pt"):
+        die()
+    replace(a, b)
+def dying_add(self, record):
+    if moment == "logging" and record["event"] == "eval":
+        with open(self.path, "a") as file:
+            file.write('{"event": "ev'), file.flush(), die()
+    add(self, record)
+scan.Scan.observe, torch.save, os.replace, train.Log.add = dying_observe, dying_save, dying_replace, dying_add
+if moment == "evaluating":
+    train.evaluate = die
+train.main(sys.argv[1:])
+"""
+BRIEF = "--image-size 16 --batch-size 24 --data shapes:96 --val-data shapes:16 --warmup-threshold 9".split()
+BRIEF += "--epochs 6 --workers 0 --eval-every 1".split()
+
+
+def same_run(a, b):
+    """Two run folders hold the same weights, optimizer, candidates, counts and log, bit for bit."""
+    one, other = (torch.load(out / "last.pt", weights_only=True) for out in (a, b))
+
+    def equal(x, y):
+        if torch.is_tensor(x):
+            return x.equal(y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
+        if isinstance(x, list):
+            return len(x) == len(y) and all(map(equal, x, y))
+        return x == y
+
+    return all(equal(one[k], other[k]) for k in ("model", "optimizer", "scan")) and (
+        without_times(a) == without_times(b)
+    )
+
+
+@slow
+@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny"])
+def test_killed_at_every_kind_of_moment_and_resumed(arch, tmp_path):
+    flags = ["--arch", arch, *BRIEF, "--save-every", "2", "--out"]
+    run("train.py", *flags, str(tmp_path / "whole"))
+    moments = ["warm-up 3", "writing", "evaluating", "renaming", "logging", "preparation 3", "mutation 3"]
+    for moment in moments if arch == "moco_vit_tiny" else moments[3:]:
+        run("-c", DIES, moment, *flags, str(tmp_path / "cut"), check=-signal.SIGKILL)
+    run("train.py", *flags, str(tmp_path / "cut"))
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun_restarts_a_run_whose_rank_died(ranks, tmp_path):
+    """Three ranks and more are exact because their gradients are summed in the order of the ranks."""
+    (tmp_path / "dies.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + DIES)
+    flags = ["--arch", "moco_vit_tiny", *BRIEF, "--save-every", "1", "--out"]
+    run("train.py", *flags, str(tmp_path / "whole"), torchrun=ranks)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--max-restarts", "1"]
+    dying = [str(tmp_path / "dies.py"), "mutation 2", *flags, str(tmp_path / "cut")]
+    run(*launcher, "--master_port", str(free_port()), *dying, DIE_ONCE=str(tmp_path / "died"))
+    assert (tmp_path / "died").exists() and same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@slow
+def test_resumes_with_another_number_of_ranks(tmp_path):
+    flags = ["--arch", "moco_vit_tiny", *BRIEF, "--save-every", "1", "--out"]
+    run("train.py", *flags, str(tmp_path / "whole"))
+    run("-c", DIES, "mutation 2", *flags, str(tmp_path / "cut"), check=-signal.SIGKILL)
+    run("train.py", *flags, str(tmp_path / "cut"), torchrun=2)
+    one, other = (torch.load(tmp_path / n / "last.pt", weights_only=True)["scan"] for n in ("whole", "cut"))
+    assert one["counts"].equal(other["counts"]) and one["loss"] == pytest.approx(other["loss"], abs=1e-3)
+
+
+def test_a_resume_over_something_else_is_refused_and_named(tmp_path, capsys):
+    np.save(tmp_path / "keep.npy", np.arange(90))
+    flags = ["--arch", "vit_tiny", *BRIEF, "--epochs", "1", "--keep", str(tmp_path / "keep.npy")]
+    flags += ["--out", str(tmp_path / "out")]
+    train.main(flags)
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    for other, message in (
+        (["--seed", "1"], "--seed 0, this one has 1"), (["--t-cos", "2"], "--t-cos"), (["--lr", "1"], "--lr"),
+        (["--data", "shapes:97"], "other data (96 samples"), (["--mismatch", "0.2"], "--mismatch"),
+        (["--arch", "vit_s32", "--image-size", "32"], "--arch"), (["--prune", "0.2"], "--prune"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            train.main([*flags, *other])
+        assert stop.value.code == 1 and message in capsys.readouterr().err
+    np.save(tmp_path / "keep.npy", np.arange(1, 91))
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert "other ids" in capsys.readouterr().err
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+
+
+def test_a_full_disk_is_said_and_leaves_the_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    train.save(tmp_path, {"x": torch.ones(3)})
+    log = train.Log(tmp_path, 0, write=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(train.TrainError, match="cannot be written"):
+            train.save(tmp_path, {"x": torch.ones(100_000)})
+        with pytest.raises(train.TrainError, match="cannot be written"):
+            log.add({"event": "x" * 10_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "new.pt").exists()
+    assert train.load(tmp_path, print)["x"].equal(torch.ones(3))
+
+
+def disagree(rank, world):
+    said = []
+    for values in (torch.arange(5), torch.arange(5) + rank):
+        try:
+            train.check_ranks_agree("kept samples", values, torch.device("cpu"))
+            said.append("")
+        except train.TrainError as error:
+            said.append(str(error))
+    return said
+
+
+@slow
+def test_ranks_that_disagree_stop(tmp_path):
+    for same, different in run_ranks(disagree, 2, tmp_path / "ranks"):
+        assert same == "" and "disagree on the kept samples" in different
 
 
 @slow

@@ -169,7 +169,9 @@ def parse_args(argv=None):
     for flag in ("prune", "rho_red", "rho_ill"):
         need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
     if args.rho_red + args.rho_ill > 1:
-        parser.error(f"redundant and ill-matched shares sum to {args.rho_red + args.rho_ill:g}, more than 1")
+        parser.error(
+            f"--rho-red and --rho-ill (or twice --prune) sum to {args.rho_red + args.rho_ill:g}, more than 1"
+        )
     for flag in ("t_cos", "epochs", "accum", "image_size"):
         need(1 <= getattr(args, flag) < 2**31, flag, "at least 1")
     for flag in ("workers", "eval_every", "save_every", "seed"):
@@ -181,7 +183,7 @@ def parse_args(argv=None):
         need(value is None or 0 <= value < math.inf, flag, "a finite number of at least 0")
     need(math.isfinite(args.warmup_threshold), "warmup_threshold", "finite")
     need(args.warmup is None or args.warmup <= args.epochs, "warmup", f"at most the {args.epochs} epochs")
-    need(args.batch_size >= 2, "batch_size", "at least 2: a contrastive loss needs negatives")
+    need(2 <= args.batch_size < 2**31, "batch_size", "at least 2: a contrastive loss needs negatives")
     world = int(os.environ.get("WORLD_SIZE", 1))
     need(
         args.batch_size % (world * args.accum) == 0,
@@ -406,13 +408,13 @@ def refuse_other_run(checkpoint, args, tokenizer, identity):
             f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out"
         )
     before = checkpoint["data"]
-    if before["kept"] != identity["kept"]:
-        raise TrainError(f"{args.out} was trained on other ids of the same --keep file: choose another --out")
-    if before != identity:
+    if (before["size"], before["hash"]) != (identity["size"], identity["hash"]):
         raise TrainError(
             f"{args.out} was trained on other data ({before['size']:,} samples, hash {before['hash']}; now "
             f"{identity['size']:,}, {identity['hash']}): choose another --out"
         )
+    if before["kept"] != identity["kept"]:
+        raise TrainError(f"{args.out} was trained on other ids of the same --keep file: choose another --out")
 
 
 class Log:
@@ -622,6 +624,11 @@ def train(args, rank, world, device):
 
     def write_checkpoint(epoch, step):
         totals["bad"] = union_over_ranks(totals["bad"])
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise TrainError(
+                f"weights not finite at epoch {epoch}, step {step}: stopped; {args.out} holds the checkpoint "
+                f"before it. A lower --lr or --precision fp32 may help"
+            )
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scan": scan.state_dict()}
