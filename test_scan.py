@@ -1318,8 +1318,10 @@ BAD_VALUES = {  # every flag of train.py; ANY: what is wrong with it shows when 
     "--label-key": ANY, "--mismatch": SHARE, "--prune": SHARE + " 0.6", "--rho-red": SHARE + " 0.8",
     "--rho-ill": SHARE + " 0.8", "--t-cos": NATURAL, "--warmup-threshold": "nan inf x",
     "--warmup-rule": "what", "--keep": ANY, "--epochs": NATURAL, "--batch-size": NATURAL + " 1",
-    "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99", "--image-size": NATURAL + " 33",
-    "--precision": "fp16", "--compile": "maybe", "--device": "tpu", "--workers": COUNT, "--eval-every": COUNT,
+    "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99",
+    "--image-size": NATURAL + " 33",
+    "--precision": "fp16", "--compile": "maybe", "--device": "tpu", "--workers": COUNT,
+    "--eval-every": COUNT,
     "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT, "--vocab": ANY, "--out": ANY,
 }  # fmt: skip
 BAD_SETS = [
