@@ -823,12 +823,12 @@ class Pairs(Samples):
     says which.
     """
 
-    def __init__(self, source, tokenizer, size, *, seed=0, mismatch=0.0):
+    def __init__(self, source, tokenizer, size, *, crop_min=0.9, seed=0, mismatch=0.0):
         super().__init__(source, seed)
         self.tokenizer, self.mismatch = tokenizer, mismatch
-        crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+        crop = v2.RandomResizedCrop(size, (crop_min, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
         self.transform = v2.Compose([crop, v2.PILToTensor()])
-        self.draft = math.ceil(size / math.sqrt(0.9))  # the smallest crop still covers the image size
+        self.draft = math.ceil(size / math.sqrt(crop_min))  # the smallest crop still covers the image size
         self.truth = dict(source.truth)
         self.caption_of = None
         if mismatch:
@@ -864,10 +864,10 @@ class Views(Samples):
     Only what needs the picture is done here; `inputs` does the rest for the whole batch on the device.
     """
 
-    def __init__(self, source, size, *, seed=0):
+    def __init__(self, source, size, *, crop_min=0.08, seed=0):
         super().__init__(source, seed)
-        self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.08, 1.0)), v2.PILToTensor()])
-        self.draft = math.ceil(size / math.sqrt(0.08))
+        self.transform = v2.Compose([v2.RandomResizedCrop(size, (crop_min, 1.0)), v2.PILToTensor()])
+        self.draft = math.ceil(size / math.sqrt(crop_min))
         self.truth = {k: v for k, v in source.truth.items() if k == "redundant"}  # captions play no part
 
     def read(self, i):

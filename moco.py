@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 # hidden, dim: of the projector and the predictor. moco_vit_tiny is ours, for two CPU cores.
 ARCHS = {
-    "moco_vit_tiny": dict(width=192, layers=4, heads=3, patch=16, hidden=512, dim=128),
+    "moco_vit_tiny": dict(width=96, layers=4, heads=3, patch=8, hidden=512, dim=128),
     "moco_vit_s16": dict(width=384, layers=12, heads=12, patch=16, hidden=4096, dim=256),
     "moco_vit_b16": dict(width=768, layers=12, heads=12, patch=16, hidden=4096, dim=256),
 }

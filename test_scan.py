@@ -1320,7 +1320,7 @@ BAD_VALUES = {  # every flag of train.py; ANY: what is wrong with it shows when 
     "--warmup-rule": "what", "--keep": ANY, "--epochs": NATURAL, "--batch-size": NATURAL + " 1",
     "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99",
     "--image-size": NATURAL + " 33",
-    "--precision": "fp16", "--compile": "maybe", "--device": "tpu", "--workers": COUNT,
+    "--precision": "fp16", "--compile": "maybe", "--device": "tpu", "--crop-min": SHARE + " 0", "--workers": COUNT,
     "--eval-every": COUNT,
     "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT, "--vocab": ANY, "--out": ANY,
 }  # fmt: skip

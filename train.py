@@ -39,17 +39,18 @@ from scan import Scan, ScanSampler, info_nce
 VERSION = 1
 
 # batch: global. Of the paper; MoCo's rate is 1.5e-4 x batch / 256. The tiny ones are ours, for two CPU cores.
-CLIP = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, prune=0.3)
-MOCO = dict(epochs=100, batch_size=600, wd=0.1, warmup=10.0, image_size=224, prune=0.35)
+CLIP = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, crop_min=0.9, prune=0.3)
+MOCO = dict(epochs=100, batch_size=600, wd=0.1, warmup=10.0, image_size=224, crop_min=0.08, prune=0.35)
 RECIPES = {arch: CLIP for arch in clip_model.ARCHS} | {
     "vit_tiny": CLIP | dict(epochs=60, batch_size=128, image_size=64),
     "moco_vit_s16": MOCO,
     "moco_vit_b16": MOCO | dict(batch_size=370),
-    "moco_vit_tiny": MOCO | dict(epochs=60, batch_size=128, lr=1e-3, warmup=3.0, image_size=64),
+    "moco_vit_tiny": MOCO | dict(epochs=80, batch_size=128, lr=2e-3, warmup=3.0, image_size=32, crop_min=0.3),
 }
 # The built-in data, on two CPU cores: so few steps that a large model needs a low rate.
 SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, warmup=1.0, image_size=64)
 SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0)
+SHAPES_MOCO_TINY = SHAPES | dict(epochs=80, lr=2e-3, warmup=3.0, image_size=32)
 
 TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
 
@@ -57,7 +58,7 @@ TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a co
 METHOD = (
     "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
     "lr wd warmup "
-    "image_size precision seed"
+    "image_size crop_min precision seed"
 ).split()
 
 
@@ -120,6 +121,7 @@ def parse_args(argv=None):
     add("--wd", type=float)
     add("--warmup", type=float, help="of the learning rate, in epochs (fractions allowed)")
     add("--image-size", type=int)
+    add("--crop-min", type=float, help="area of the smallest random crop, as a share of the picture's")
     # running
     add(
         "--precision",
@@ -148,7 +150,8 @@ def parse_args(argv=None):
     shapes, is_moco = args.data.startswith("shapes"), args.arch in moco.ARCHS
     defaults = RECIPES[args.arch]
     if shapes:
-        defaults = defaults | (SHAPES_TINY if args.arch.endswith("tiny") else SHAPES)
+        tiny = {"vit_tiny": SHAPES_TINY, "moco_vit_tiny": SHAPES_MOCO_TINY}
+        defaults = defaults | tiny.get(args.arch, SHAPES)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, min(value, args.epochs) if name == "warmup" else value)
@@ -176,6 +179,7 @@ def parse_args(argv=None):
         need(1 <= getattr(args, flag) < 2**31, flag, "at least 1")
     for flag in ("workers", "eval_every", "save_every", "seed"):
         need(0 <= getattr(args, flag) < 2**63, flag, "at least 0")
+    need(0 < args.crop_min <= 1, "crop_min", "a share above 0")
     for flag in ("mismatch", "max_bad"):
         need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
     for flag in ("lr", "wd", "warmup"):
@@ -223,7 +227,11 @@ def start_ranks(args):
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # After a restart by torchrun (--max-restarts) its store still holds the addresses of the dead ranks.
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -746,9 +754,10 @@ def training_data(args, tokenizer):
     """-> dataset, and the mask (N,) of what --keep keeps; refuses data too small for the batch."""
     source = open_source(args.data, True, args)
     if tokenizer is None:
-        dataset = data.Views(source, args.image_size, seed=args.seed)
+        dataset = data.Views(source, args.image_size, crop_min=args.crop_min, seed=args.seed)
     else:
-        dataset = data.Pairs(source, tokenizer, args.image_size, seed=args.seed, mismatch=args.mismatch)
+        options = dict(crop_min=args.crop_min, seed=args.seed, mismatch=args.mismatch)
+        dataset = data.Pairs(source, tokenizer, args.image_size, **options)
     keep = read_keep(args.keep, len(dataset))
     size = int(keep.sum())
     if size < args.batch_size:
