@@ -275,7 +275,10 @@ def retrieval(model, tokenizer, source, device, *, split_captions=False, chunk=1
     firsts, image_of = source.same_images() if hasattr(source, "same_images") else (None, range(len(source)))
     texts, owners = [], []
     for i, owner in enumerate(image_of):
-        caption = source.caption(i)
+        try:
+            caption = source.caption(i)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{source.where(i)}: no caption ({error})") from None
         lines = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
         texts += lines
         owners += [owner] * len(lines)

@@ -1,5 +1,6 @@
 """Tests of SCAN: `pytest -q` (all), `pytest -q -m "not slow"` (seconds)."""
 
+import csv
 import gzip
 import hashlib
 import io
@@ -1320,7 +1321,8 @@ BAD_VALUES = {  # every flag of train.py; ANY: what is wrong with it shows when 
     "--warmup-rule": "what", "--keep": ANY, "--epochs": NATURAL, "--batch-size": NATURAL + " 1",
     "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99",
     "--image-size": NATURAL + " 33",
-    "--precision": "fp16", "--compile": "maybe", "--device": "tpu", "--crop-min": SHARE + " 0", "--workers": COUNT,
+    "--precision": "fp16", "--compile": "maybe", "--device": "tpu",
+    "--crop-min": SHARE + " 0", "--workers": COUNT,
     "--eval-every": COUNT,
     "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT, "--vocab": ANY, "--out": ANY,
 }  # fmt: skip
@@ -1555,3 +1557,262 @@ def test_learning_rate_never_bends():
     rates = [train.learning_rate(e / 10, args) for e in range(101)]
     assert rates[10] == 0.5 and max(rates) == rates[20] == 1 and rates[100] == pytest.approx(0)
     assert max(abs(np.diff(rates[20:]))) < 0.03
+
+
+# ---------------------------------------------------------------- bad data
+
+
+def png(colour, size=(8, 8)):
+    return jpeg(colour, size, form="PNG")
+
+
+def header(name, size, **fields):
+    """One tar header, as a broken or hostile writer might leave it."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_bad_tars_are_refused_in_one_line(tmp_path):
+    good = Path(write_tar(tmp_path / "good.tar", [("a.png", png("red")), ("a.txt", b"red")])).read_bytes()
+    negative = bytearray(header("b.png", 100))
+    negative[124:136] = b"\xff" * 11 + b"\x00"  # a negative size, in base 256
+    negative[148:156] = b"%06o\0 " % (256 + sum(negative[:148]) + sum(negative[156:]))
+    for name, content, message in (
+        ("gzipped", gzip.compress(good), "not a whole tar"),
+        ("empty file", b"", "not a whole tar"),
+        ("zeros", bytes(10240), "no sample"),
+        ("text", b"hello" * 500, "not a whole tar"),
+        ("huge size", header("b.png", 1 << 40) + bytes(2048), "not a whole tar"),
+        ("negative size", bytes(negative) + bytes(2048), "not a whole tar"),
+        ("no end", good[:2048], "not a whole tar"),
+        ("cut in a header", good[:2048] + good[:300], "not a whole tar"),
+        ("damaged header", good[:1024] + b"x" + good[1025:], "not a whole tar"),
+        ("two joined", good + bytes(1 << 20) + good, "not a whole tar"),
+        ("captions alone", good[1024:], "no sample"),
+    ):
+        (tmp_path / "bad.tar").write_bytes(content)
+        with pytest.raises(data.DataError, match=message) as error:
+            data.open_source(str(tmp_path / "bad.tar"))
+        assert "\n" not in str(error.value) and "bad.tar" in str(error.value), name
+    os.mkfifo(tmp_path / "pipe.tar"), os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("pipe.tar", "pipe.csv"):
+        with pytest.raises(data.DataError, match="not a regular file"):
+            data.open_source(str(tmp_path / name))
+
+
+def test_hostile_members_are_passed_over(tmp_path):
+    red = png("red")
+    parts = [header("../../up.png", len(red)), red, bytes(-len(red) % 512)]
+    parts += [header("../../up.txt", 3), b"red", bytes(509)]
+    for kind, name in ((tarfile.SYMTYPE, "b.png"), (tarfile.LNKTYPE, "c.png"), (tarfile.DIRTYPE, "d.png")):
+        parts += [header(name, 0, type=kind, linkname="/etc/passwd")]
+    parts += [header("E.PNG", len(red)), red, bytes(-len(red) % 512), header("E.txt", 1), b"x", bytes(511)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(1024))
+    source = data.open_source(str(tmp_path / "a.tar"))
+    assert [source.caption(i) for i in range(len(source))] == ["red", "x"]  # read in place, never extracted
+    assert {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
+
+
+def test_bad_samples_are_replaced_and_counted(tmp_path):
+    bomb = bytearray(png("red"))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    deep = b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    pictures = [
+        b"",
+        b"words",
+        bytes(bomb),
+        jpeg(size=(64, 64))[:-200],
+        png("red")[:-30],
+        b"GIF89a" + bytes(20),
+    ]
+    texts = [(".txt", b""), (".txt", b" \n\t"), (".json", b"[1, 2]"), (".json", b'{"caption": null}')]
+    texts += [(".json", b'{"text": "x"}'), (".json", b"{"), (".json", deep), (".json", b"\xff\xfe")]
+    samples = [(picture, (".txt", b"x")) for picture in pictures] + [(png("red"), text) for text in texts]
+    members, n = [], len(samples)
+    for i, (picture, (kind, text)) in enumerate([*samples, (png("blue"), (".txt", b"good"))]):
+        members += [(f"{i}.png", picture), (f"{i}{kind}", text)]
+    pairs = data.Pairs(data.open_source(write_tar(tmp_path / "a.tar", members)), data.HashedWords(), 16)
+    assert [pairs[i][:2] for i in range(n + 1)] == [(n, i) for i in range(n)] + [(n, -1)]
+    rows = "\n".join(f"{name},x" for name in ("folder", "pipe", "missing.png", "/dev/zero", "good.png"))
+    (tmp_path / "a.csv").write_text("filepath,title\n" + rows)
+    (tmp_path / "folder").mkdir(), os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "good.png").write_bytes(png("blue"))
+    pairs = data.Pairs(data.open_source(str(tmp_path / "a.csv")), data.HashedWords(), 16)
+    assert [pairs[i][:2] for i in range(5)] == [(4, 0), (4, 1), (4, 2), (4, 3), (4, -1)]
+
+
+@pytest.mark.parametrize(
+    "text", [b"x" * 10_000_000, b"\xff\xfe\x00 caf\xe9", b"nul \0 within", "\u202e".encode()]
+)
+def test_odd_captions_give_tokens(text, tmp_path):
+    source = data.open_source(write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", text)]))
+    used, failed, _, tokens = data.Pairs(source, data.HashedWords(), 16)[0]
+    assert (used, failed) == (0, -1) and 3 <= len(tokens) <= 77
+
+
+def test_bad_samples_are_logged_and_too_many_end_the_run(tmp_path, capsys):
+    members = []
+    for i in range(40):
+        members += [(f"{i}.png", png((i, 99, 0)) if i != 7 else b"no"), (f"{i}.txt", b"word%d" % i)]
+    flags = [
+        "--arch",
+        "vit_tiny",
+        "--data",
+        write_tar(tmp_path / "a.tar", members),
+        *BRIEF[:4],
+        "--epochs",
+        "1",
+    ]
+    flags += ["--workers", "0", "--batch-size", "10", "--prune", "0.1", "--out", str(tmp_path / "out")]
+    flags.remove("24"), flags.remove("--batch-size")
+    train.main([*flags, "--max-bad", "0.03"])
+    bad = records(tmp_path / "out")[0]["bad"]
+    assert len(bad) == 1 and "a.tar, image at byte" in bad[0]
+    with pytest.raises(SystemExit):
+        train.main([*flags[:-1], str(tmp_path / "other"), "--max-bad", "0.02"])
+    assert "1 samples can't be read, more than --max-bad 0.02" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- fuzz
+
+
+def mutate(content, rng):
+    """A few bytes flipped, or a stretch cut, zeroed, doubled or moved."""
+    content, n = bytearray(content), len(content)
+    a, b = sorted(rng.integers(0, n + 1, 2))
+    b = min(b, a + int(rng.choice([1, 16, 512, 4096])))
+    kind = rng.integers(6)
+    if kind == 0:
+        for at in rng.integers(0, n, rng.integers(1, 4)):
+            content[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        content = content[:a]
+    elif kind == 2:
+        content[a:b] = bytes(b - a)
+    elif kind == 3:
+        content[a:a] = content[a:b]
+    elif kind == 4:
+        del content[a:b]
+    else:
+        at = int(rng.integers(0, n - (b - a) + 1))
+        content[at : at + b - a] = content[a:b]
+    return bytes(content)
+
+
+FUZZ = int(os.environ.get("SCAN_FUZZ", 1))  # how many times the usual number of mutations
+
+
+def plainly(path):
+    """(image, caption) bytes of a tar's samples, as tarfile itself reads them from the start to the end."""
+    samples, last = [], None
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            stem, _, kind = member.name.rpartition(".")
+            if not member.isreg() or kind not in ("png", "txt"):
+                continue
+            if stem != last or kind in samples[-1]:
+                samples.append({})
+            samples[-1][kind], last = tar.extractfile(member).read(), stem
+    return [(s["png"], s["txt"]) for s in samples if len(s) == 2]
+
+
+def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path):
+    members = []
+    for k in range(5):
+        members += [(f"{k}.png", png((40 * k, 9, 99))), (f"{k}.txt", b"caption number %d" % k)]
+    path = tmp_path / "a.tar"
+    original = Path(write_tar(path, members)).read_bytes()[: 512 * 22]
+    read = refused = replaced = 0
+    for seed in range(2000 * FUZZ):
+        path.write_bytes(mutate(original, np.random.default_rng(seed)))
+        try:
+            source = data.open_source(str(path))
+        except data.DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        expected = plainly(path)
+        assert [(source._read(i, 0), source._read(i, 1)) for i in range(len(source))] == expected, seed
+        pairs = data.Pairs(source, data.HashedWords(), 8)
+        for i in range(len(source)):
+            used, failed, image, _ = pairs[i]
+            assert image.shape == (3, 8, 8) and failed in (-1, i) and (failed == i) == (used != i)
+            replaced += failed == i
+        read += 1
+        [os.close(file) for file in source._files.values()]
+    assert min(read, refused, replaced) > 10 * FUZZ
+
+
+def test_fuzzed_tables_give_their_rows_or_are_refused(tmp_path):
+    rows = [f'images/{k}.png,"a caption, the {k}th"' for k in range(8)]
+    original = "\r\n".join(["filepath,title", *rows]).encode()
+    path, read, refused = tmp_path / "a.csv", 0, 0
+    for seed in range(1500 * FUZZ):
+        path.write_bytes(mutate(original, np.random.default_rng(seed)))
+        try:
+            source = data.open_source(str(path))
+        except data.DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            expected = [(row["filepath"], row["title"]) for row in csv.DictReader(file)]
+        assert [(source.images[i], source.caption(i)) for i in range(len(source))] == expected, seed
+        read += 1
+    assert min(read, refused) > 10 * FUZZ
+
+
+def test_fuzzed_checkpoints_are_whole_or_fall_back(tmp_path):
+    def state(k):
+        return {
+            "model": {"w": torch.full((64,), float(k))},
+            "scan": {"epoch": k},
+            "args": {"arch": "vit_tiny"},
+        }
+
+    train.save(tmp_path, state(1)), train.save(tmp_path, state(2))
+    original = (tmp_path / "last.pt").read_bytes()
+    outcomes = {1: 0, 2: 0}
+    for seed in range(1500 * FUZZ):
+        (tmp_path / "last.pt").write_bytes(mutate(original, np.random.default_rng(seed)))
+        said = []
+        loaded = train.load(tmp_path, said.append)
+        k = loaded["scan"]["epoch"]
+        assert loaded["model"]["w"].equal(state(k)["model"]["w"]) and loaded["args"] == state(k)["args"], seed
+        assert (k == 1) == bool(said)
+        outcomes[k] += 1
+    assert min(outcomes.values()) > 10 * FUZZ
+
+
+class Payload:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_no_pickle_is_ever_executed(tmp_path):
+    out, mark = tmp_path / "out", tmp_path / "executed"
+    out.mkdir()
+    torch.save({"model": Payload(str(mark))}, out / "last.pt")
+    with pytest.raises(train.TrainError, match="damaged"):
+        train.load(out, print)
+    with pytest.raises(evaluation.EvalError, match="weights_only"):
+        evaluation.load_model(str(out / "last.pt"))
+    tar = write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", b"red")])
+    data.open_source(tar)
+    [index] = (tmp_path / "cache" / "scan").iterdir()
+    for content in (pickle.dumps(Payload(str(mark))), index.read_bytes()[:-1] + b"x"):
+        index.write_bytes(content)
+        assert data.open_source(tar).caption(0) == "red"  # indexed anew
+    np.save(tmp_path / "keep.npy", np.array([Payload(str(mark))]), allow_pickle=True)
+    with pytest.raises(train.TrainError, match="--keep"):
+        train.read_keep(str(tmp_path / "keep.npy"), 3)
+    assert not mark.exists()

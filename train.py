@@ -21,6 +21,8 @@ import pickle
 import signal
 import sys
 import time
+import zipfile
+import zlib
 from collections import deque
 
 import numpy as np
@@ -60,6 +62,11 @@ METHOD = (
     "lr wd warmup "
     "image_size crop_min precision seed"
 ).split()
+
+
+# what reading a damaged checkpoint may raise
+DAMAGE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
+DAMAGE += (LookupError, TypeError, AttributeError, NotImplementedError, OverflowError)
 
 
 class TrainError(Exception):
@@ -392,11 +399,14 @@ def load(out, say):
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
+                with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them
+                    if file.testzip() is not None:
+                        raise ValueError("a checksum is wrong")
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 if damaged:
                     say(f"{damaged[0]} is damaged: going on from {path}")
                 return checkpoint
-            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError):
+            except DAMAGE:
                 damaged.append(path)
     if damaged:
         raise TrainError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
