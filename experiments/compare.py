@@ -59,7 +59,7 @@ def main():
             epochs = [r for r in records if r["event"] == "epoch"]
             final = [r for r in records if r["event"] == "eval"][-1]
             names = next(n for n in SCORES if n[0] in final)
-            planted = next((r["found"]["ill_matched"] for r in reversed(epochs) if "found" in r), {})
+            planted = next((r["found"].get("ill_matched", {}) for r in reversed(epochs) if "found" in r), {})
             row = {
                 "score": statistics.mean(final[n] for n in names),
                 "samples": epochs[-1]["samples_seen"],
