@@ -989,7 +989,7 @@ def test_classifiers_on_class_folders(family, checkpoints, tmp_path, capsys):
     assert result["top1"] >= 0.75 and result["test"][numbers]["n"] == 8 and result["test"][some]["n"] == 4
     assert result["test"][numbers]["top1"] >= 0.75 and result["test"][some]["top1"] >= 0.75
     tuned = torch.load(tmp_path / "tuned.pt", weights_only=True)
-    assert tuned["head.weight"].shape == (4, 192 if family == "moco" else 128)
+    assert tuned["head.weight"].shape == (4, 96 if family == "moco" else 128)
 
 
 def test_class_folders_of_imagenet_v2_and_r(tmp_path):
@@ -1353,6 +1353,23 @@ def test_bad_arguments_exit_2_in_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train.parse_args([])
     assert known == set(BAD_VALUES) | {"-h", "--help"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "", "what", "zeroshot", "knn --checkpoint x --k 0", "knn --checkpoint x --batch-size 0",
+        "export --checkpoint x",
+        "linear --checkpoint x --lr nan", "finetune --checkpoint x --epochs 0", "coreset a --prune 0.3",
+        "finetune --checkpoint x --wd -1", "coreset a --prune 2 --out x", "retrieval --checkpoint x",
+        "linear --checkpoint x --seed -1", "knn --checkpoint x --workers -1",
+        "zeroshot --checkpoint x --nope",
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_eval_exit_2_in_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.parse_args(flags.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 @slow

@@ -17,12 +17,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
-import zipfile
-import zlib
 from collections import deque
 
 import numpy as np
@@ -62,11 +59,6 @@ METHOD = (
     "lr wd warmup "
     "image_size crop_min precision seed"
 ).split()
-
-
-# what reading a damaged checkpoint may raise
-DAMAGE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
-DAMAGE += (LookupError, TypeError, AttributeError, NotImplementedError, OverflowError)
 
 
 class TrainError(Exception):
@@ -399,14 +391,11 @@ def load(out, say):
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
-                with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them
-                    if file.testzip() is not None:
-                        raise ValueError("a checksum is wrong")
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = evaluation.load_checkpoint(path)
                 if damaged:
                     say(f"{damaged[0]} is damaged: going on from {path}")
                 return checkpoint
-            except DAMAGE:
+            except evaluation.EvalError:
                 damaged.append(path)
     if damaged:
         raise TrainError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
