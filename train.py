@@ -48,8 +48,12 @@ RECIPES = {arch: CLIP for arch in clip_model.ARCHS} | {
 }
 # The built-in data, on two CPU cores: so few steps that a large model needs a low rate.
 SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, warmup=1.0, image_size=64)
-SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0)
-SHAPES_MOCO_TINY = SHAPES | dict(epochs=80, lr=2e-3, warmup=3.0, image_size=32)
+SHAPES_OF = {
+    "vit_tiny": SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0),
+    "moco_vit_tiny": SHAPES | dict(epochs=80, lr=2e-3, warmup=3.0, image_size=32),
+    "moco_vit_s16": SHAPES | dict(image_size=32),
+    "moco_vit_b16": SHAPES | dict(image_size=32),
+}
 
 TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
 
@@ -149,8 +153,7 @@ def parse_args(argv=None):
     shapes, is_moco = args.data.startswith("shapes"), args.arch in moco.ARCHS
     defaults = RECIPES[args.arch]
     if shapes:
-        tiny = {"vit_tiny": SHAPES_TINY, "moco_vit_tiny": SHAPES_MOCO_TINY}
-        defaults = defaults | tiny.get(args.arch, SHAPES)
+        defaults = defaults | SHAPES_OF.get(args.arch, SHAPES)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, min(value, args.epochs) if name == "warmup" else value)
