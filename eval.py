@@ -107,7 +107,7 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
             size = tokenizer.vocab_size if text else len(weights["token_embedding.weight"])
             model = clip_model.create(arch, image_size, size, quick_gelu=quick_gelu)
         model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError, KeyError) as error:
+    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise EvalError(f"{path}: its weights do not fit {arch} at {image_size} px ({reason})") from None
     return model.eval(), tokenizer
@@ -304,14 +304,16 @@ def retrieval(model, tokenizer, source, device, *, split_captions=False, chunk=1
     return result | {"n": len(images)}
 
 
-def knn(model, train, test, device, *, k=20, temperature=0.07, **loading):
-    """Nearest neighbours by cosine, each voting with exp(cosine / temperature) -> dict of shares."""
-    bank_labels = torch.as_tensor(train.labels)
+def knn(model, train, test, device, *, k=20, temperature=0.07, most=None, **loading):
+    """Nearest neighbours by cosine, each voting with exp(cosine / temperature) -> dict of shares.
+
+    most: use about so many training pictures, evenly spaced.
+    """
+    ids = range(0, len(train), -(-len(train) // most) if most else 1)
+    bank_labels = torch.as_tensor(train.labels)[ids]
     labels, ranked = class_labels(test, train.classes)
-    bank, queries = (
-        F.normalize(image_features(model, source, device, **loading), dim=-1) for source in (train, test)
-    )
-    bank, scores = bank.to(device), []
+    bank = F.normalize(image_features(model, train, device, ids=ids, **loading), dim=-1).to(device)
+    queries, scores = F.normalize(image_features(model, test, device, **loading), dim=-1), []
     for part in queries.split(max(1, 2**27 // len(bank))):
         cosine, nearest = (part.to(device) @ bank.T).topk(min(k, len(bank)))  # (b, k)
         votes = torch.zeros(len(part), len(train.classes), device=device)
@@ -624,9 +626,10 @@ def _wnids(path):
 
 def start_ranks(args):
     cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    if cuda and not torch.cuda.is_available():
-        raise EvalError("--device cuda: no GPU here")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise EvalError(f"no GPU {local} here: start one rank per GPU, or use --device cpu")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -663,11 +666,10 @@ def run(args):
         return retrieval(
             model, tokenizer, source(args.data, False), device, split_captions=args.split_captions, **loading
         )
-    templates = _templates(args.templates) if getattr(args, "templates", None) else None
     if args.command == "zeroshot":
         images, wnids = source(args.data, False), _wnids(args.wnids) if args.wnids else None
         classes, folders = zeroshot_classes(images, _classnames(args), wnids)
-        names = dict(classes=classes, folders=folders, templates=templates)
+        names = dict(classes=classes, folders=folders, templates=_templates(args.templates))
         return zeroshot(model, tokenizer, images, device, **names, **loading)
 
     if args.val_data is None and not args.data.startswith("shapes"):
@@ -678,14 +680,24 @@ def run(args):
     if args.command == "linear" and args.protocol == "lbfgs":
         return linear(model, train, test, device, **loading)
 
+    others = {spec: source(spec, False) for spec in getattr(args, "test_data", [])}
+    return train_and_classify(args, model, tokenizer, train, test, others, device, loading)
+
+
+def train_and_classify(args, model, tokenizer, train, test, others, device, loading):
+    """Fine-tuning, or MoCo v3's linear protocol -> accuracy on `test`, and on `others` by name."""
+    for images in (test, *others.values()):
+        class_labels(images, train.classes)  # what does not fit is said now, not hours later
+    out = getattr(args, "out", None)
+    if out and not os.access(os.path.dirname(out) or ".", os.W_OK):
+        raise EvalError(f"--out {out}: its folder cannot be written")
     head, frozen = None, args.command == "linear"
     if tokenizer is not None and not frozen:
         names, folders = zeroshot_classes(train, _classnames(args))
         classes = [names[folders.index(folder)] for folder in train.classes]
-        templates = templates or getattr(train, "templates", ["a photo of a {}."])
-        head = (
-            zeroshot_classifier(model, tokenizer, classes, templates, device) * model.logit_scale.exp().item()
-        )
+        templates = _templates(args.templates) or getattr(train, "templates", ["a photo of a {}."])
+        head = zeroshot_classifier(model, tokenizer, classes, templates, device)
+        head *= model.logit_scale.exp().item()
     recipe = LINEAR_SGD if frozen else FINETUNE_CLIP if tokenizer is not None else FINETUNE_MOCO
     given = {name: getattr(args, name) for name in recipe if getattr(args, name, None) is not None}
     batch = min(given.get("batch_size", recipe["batch_size"]), len(train))
@@ -697,17 +709,15 @@ def run(args):
     train_classifier(
         classifier, train, augment, device, workers=args.workers, seed=args.seed, **(recipe | given)
     )
-    result = classify(classifier, test, train.classes, device, **loading)
-    if not frozen:
-        others = {spec: source(spec, False) for spec in args.test_data}
-        scores = {
-            spec: classify(classifier, s, train.classes, device, **loading) for spec, s in others.items()
-        }
-        result |= {"test": scores} if scores else {}
-        if args.out and _ranks()[0] == 0:
-            state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
-            _write(args.out, lambda file: torch.save(state, file))
-    return result
+    if out and _ranks()[0] == 0:
+        state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
+        _write(out, lambda file: torch.save(state, file))
+    scores = {
+        spec: classify(classifier, images, train.classes, device, **loading)
+        for spec, images in {"": test, **others}.items()
+    }
+    result = scores.pop("")
+    return result | ({"test": scores} if scores else {})
 
 
 def run_coreset(args):
@@ -726,6 +736,8 @@ def _classnames(args):
 
 
 def _templates(path):
+    if path is None:
+        return None
     templates = _lines(path, "templates")
     if not all("{}" in template for template in templates):
         raise EvalError(f"--templates {path}: every line needs a {{}} for the class name")
@@ -745,14 +757,10 @@ def _print_scores(result, indent="  "):
         if isinstance(value, dict):
             print(f"{indent}{name}")
             _print_scores(value, indent + "  ")
-        elif name in ("n", "tensors", "kept"):
+        elif name == "n":
             print(f"{indent}{name:<9} {value:>9,}")
-        elif isinstance(value, float):
-            print(
-                f"{indent}{name:<9} {value:9.2%}"
-                if value <= 1 and name != "penalty"
-                else f"{indent}{name:<9} {value:9g}"
-            )
+        else:
+            print(f"{indent}{name:<9} {value:>9{'g' if name == 'penalty' else '.2%'}}")
 
 
 def main(argv=None):

@@ -800,10 +800,10 @@ def read_keep(path, total):
 
 
 def evaluate(model, tokenizer, source, val, device, workers):
-    """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN, on features of `source`."""
+    """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN among 50,000 pictures of `source`."""
     model.eval()
     if tokenizer is None:
-        result = evaluation.knn(model, source, val, device, workers=workers)
+        result = evaluation.knn(model, source, val, device, most=50_000, workers=workers)
     else:
         protocol = evaluation.zeroshot if val.labels is not None else evaluation.retrieval
         result = protocol(model, tokenizer, val, device, workers=workers)
