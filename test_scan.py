@@ -1482,6 +1482,33 @@ def test_torchrun_restarts_a_run_whose_rank_died(ranks, tmp_path):
 
 
 @slow
+def test_ranks_whose_torchrun_died_stop_and_make_way(tmp_path):
+    flags = ["train.py", "--arch", "moco_vit_tiny", *BRIEF, "--save-every", "1", "--out"]
+    run(*flags, str(tmp_path / "whole"), torchrun=2)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    agent = subprocess.Popen(
+        [sys.executable, *launcher, *flags, str(tmp_path / "cut")], cwd=HERE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    for text in agent.stdout:
+        if text.startswith("epoch   0"):
+            break
+    agent.kill(), agent.wait()
+    run(*flags, str(tmp_path / "cut"), torchrun=2)
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_two_runs_never_write_to_one_folder(tmp_path):
+    holds = "import sys, train; lock = train.claim(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(tmp_path)]
+    with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(train.TrainError, match="another run is writing"):
+            train.claim(tmp_path, patience=1)
+    train.claim(tmp_path, patience=1).close()
+
+
+@slow
 def test_resumes_with_another_number_of_ranks(tmp_path):
     flags = ["--arch", "moco_vit_tiny", *BRIEF, "--save-every", "1", "--out"]
     run("train.py", *flags, str(tmp_path / "whole"))
@@ -1515,7 +1542,7 @@ def test_a_resume_over_something_else_is_refused_and_named(tmp_path, capsys):
 def test_a_full_disk_is_said_and_leaves_the_checkpoint(tmp_path):
     resource = pytest.importorskip("resource")  # not on Windows
     train.save(tmp_path, {"x": torch.ones(3)})
-    log = train.Log(tmp_path, 0, write=True)
+    log = train.Log(tmp_path, 0, train.claim(tmp_path))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:

@@ -12,6 +12,7 @@ The same command again resumes from --out. The method itself is in scan.py; the 
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -261,6 +262,7 @@ class StopSignal:
         self.asked = False
         self.group = dist.new_group(backend="gloo") if world > 1 else None
         self.pending = None
+        self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
@@ -268,6 +270,8 @@ class StopSignal:
         self.asked = True
 
     def __call__(self):
+        if self.agent not in (None, os.getppid()):
+            self.asked = True  # torchrun itself is gone: nobody would end this rank
         if self.group is None:
             return self.asked
         before, flag = self.pending, torch.tensor(int(self.asked))
@@ -367,6 +371,27 @@ def forward_backward_accumulated(model, inputs, losses, autocast, accum):
 # ---------------------------------------------------------------- checkpoints and log
 
 
+def claim(out, patience=60):
+    """Keep other runs from writing to this folder -> a lock, held until the process ends or lets go of it.
+
+    Ranks whose torchrun was killed need some seconds to notice: so wait for them.
+    """
+    try:
+        os.makedirs(out, exist_ok=True)
+        lock = open(os.path.join(out, "lock"), "a")
+    except OSError as error:
+        raise TrainError(f"--out {out}: {error.strerror}") from None
+    for _ in range(patience):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except (BlockingIOError, PermissionError):
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return lock
+    raise TrainError(f"--out {out}: another run is writing to it")
+
+
 def save(out, checkpoint):
     """last.pt is replaced at once or not at all; the one before it stays as prev.pt."""
     last, prev, new = (os.path.join(out, name) for name in ("last.pt", "prev.pt", "new.pt"))
@@ -428,10 +453,13 @@ def refuse_other_run(checkpoint, args, tokenizer, identity):
 
 
 class Log:
-    """log.jsonl, one record a line. Records of epochs that are run again are dropped first."""
+    """log.jsonl, one record a line, written by the rank that holds the folder's lock.
 
-    def __init__(self, out, epochs_done, write):
-        self.path, self.write, self.records = os.path.join(out, "log.jsonl"), write, []
+    Records of epochs that are run again are dropped first.
+    """
+
+    def __init__(self, out, epochs_done, lock):
+        self.path, self.lock, self.records = os.path.join(out, "log.jsonl"), lock, []
         if os.path.exists(self.path) and epochs_done:
             with open(self.path, encoding="utf-8") as file:
                 for line in file:
@@ -439,13 +467,13 @@ class Log:
                         record = json.loads(line)
                         if record["epoch"] < epochs_done:
                             self.records.append(record)
-        if write:
+        if lock:
             self._write(self.path + ".new", "w", self.records)
             os.replace(self.path + ".new", self.path)
 
     def add(self, record):
         self.records.append(record)
-        if self.write:
+        if self.lock:
             self._write(self.path, "a", [record])
 
     @staticmethod
@@ -574,11 +602,7 @@ def train(args, rank, world, device):
         seed=args.seed,
     )
 
-    if rank == 0:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-        except OSError as error:
-            raise TrainError(f"--out {args.out}: {error.strerror}") from None
+    lock = claim(args.out) if rank == 0 else None
     first_epoch, start_step = 0, 0
     totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}  # of the epoch under way
     samples_seen = 0
@@ -592,7 +616,7 @@ def train(args, rank, world, device):
         scan.load_state_dict(checkpoint["scan"])
         first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
         totals, samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
-    log = Log(args.out, first_epoch, write=rank == 0)
+    log = Log(args.out, first_epoch, lock)
 
     bf16 = args.precision == "bf16" or (
         args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
