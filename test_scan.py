@@ -621,6 +621,7 @@ def test_augmentation_equals_torchvision_sample_by_sample():
 def test_views_follow_the_stated_distributions_and_differ_per_sample():
     torch.manual_seed(0)
     n = 4000
+    assert [(view["blur"], view["solarize"]) for view in data.MOCO_VIEWS] == [(1.0, 0.0), (0.1, 0.2)]
     for view in data.MOCO_VIEWS:
         x = torch.stack([data.draw_view(**view) for _ in range(n)])
         jittered = x[:, data.BRIGHTNESS] != 1
@@ -1019,6 +1020,23 @@ def test_class_folders_of_imagenet_v2_and_r(tmp_path):
     assert names[7] == "cock" and folders == imagenet.classes
 
 
+def test_what_does_not_fit_is_said_before_training(checkpoints, tmp_path, capsys, monkeypatch):
+    some, numbers = tree(tmp_path / "r", WNIDS[:2], 1), tree(tmp_path / "v2", ["0", "10"], 1)
+    monkeypatch.setattr(evaluation, "train_classifier", None)
+    common = ["finetune", "--checkpoint", checkpoints["moco"], "--data", some, "--val-data", some]
+    assert "'10'" in eval_refuses(capsys, *common, "--test-data", numbers)
+    assert "--out" in eval_refuses(capsys, *common, "--out", tmp_path / "no" / "where.pt")
+
+
+def test_linear_probe_standardises_with_the_training_features(monkeypatch):
+    class Source:
+        classes, labels = ["a", "b"], np.arange(60) % 2
+
+    features = 100 + torch.tensor(Source.labels)[:, None] + 0.1 * torch.randn(60, 3, generator=generator())
+    monkeypatch.setattr(evaluation, "image_features", lambda *_, **__: features)
+    assert evaluation.linear(None, Source, Source, torch.device("cpu"))["top1"] == 1
+
+
 def test_balanced_accuracy_weighs_classes_alike():
     labels = torch.tensor([0] * 9 + [1])
     result = evaluation.accuracy(torch.eye(2)[torch.zeros(10, dtype=torch.long)], labels)
@@ -1087,9 +1105,9 @@ def test_several_captions_of_an_image(tmp_path):
         for name, rgb in solid.items()
     }
     rows = ["filepath,title"]
-    for k, name in enumerate(solid):
+    for k, name in zip("201", solid, strict=True):  # the file's order is not the alphabet's
         (tmp_path / f"{k}.png").write_bytes(jpeg(name, form="PNG"))
-    rows += ["0.png,blue", "1.png,green", "0.png,red", "2.png,red", "1.png,green"]  # the third is wrong
+    rows += ["2.png,blue", "0.png,green", "2.png,red", "1.png,red", "0.png,green"]  # the third is wrong
     (tmp_path / "a.csv").write_text("\n".join(rows))
     source = data.open_source(str(tmp_path / "a.csv"))
     result = evaluation.retrieval(model, words, source, torch.device("cpu"))
@@ -1681,12 +1699,14 @@ def test_bad_samples_are_replaced_and_counted(tmp_path):
         members += [(f"{i}.png", picture), (f"{i}{kind}", text)]
     pairs = data.Pairs(data.open_source(write_tar(tmp_path / "a.tar", members)), data.HashedWords(), 16)
     assert [pairs[i][:2] for i in range(n + 1)] == [(n, i) for i in range(n)] + [(n, -1)]
-    rows = "\n".join(f"{name},x" for name in ("folder", "pipe", "missing.png", "/dev/zero", "good.png"))
+    rows = "\n".join(f"{name},x" for name in ("folder", "pipe", "missing.png", "/dev/null", "good.png"))
     (tmp_path / "a.csv").write_text("filepath,title\n" + rows)
     (tmp_path / "folder").mkdir(), os.mkfifo(tmp_path / "pipe")
     (tmp_path / "good.png").write_bytes(png("blue"))
     pairs = data.Pairs(data.open_source(str(tmp_path / "a.csv")), data.HashedWords(), 16)
     assert [pairs[i][:2] for i in range(5)] == [(4, 0), (4, 1), (4, 2), (4, 3), (4, -1)]
+    with pytest.raises(ValueError, match="not a regular file"):
+        data._read_file(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -1719,6 +1739,17 @@ def test_bad_samples_are_logged_and_too_many_end_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main([*flags[:-1], str(tmp_path / "other"), "--max-bad", "0.02"])
     assert "1 samples can't be read, more than --max-bad 0.02" in capsys.readouterr().err
+
+
+@slow
+def test_bad_samples_of_all_ranks_count_together(tmp_path):
+    members = []
+    for i in range(40):  # ranks see half of them each: one bad sample alone would be allowed
+        members += [(f"{i}.png", png((i, 99, 0)) if i % 10 else b"no"), (f"{i}.txt", b"word%d" % i)]
+    flags = ["--arch", "vit_tiny", "--data", write_tar(tmp_path / "a.tar", members), "--image-size", "16"]
+    flags += ["--epochs", "1", "--workers", "0", "--batch-size", "20", "--prune", "0.1", "--max-bad", "0.09"]
+    said = run("train.py", *flags, "--out", str(tmp_path / "out"), torchrun=2, check=1).stderr
+    assert "4 samples can't be read" in said
 
 
 # ---------------------------------------------------------------- fuzz
@@ -1853,7 +1884,9 @@ def test_no_pickle_is_ever_executed(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", b"red")])
     data.open_source(tar)
     [index] = (tmp_path / "cache" / "scan").iterdir()
-    for content in (pickle.dumps(Payload(str(mark))), index.read_bytes()[:-1] + b"x"):
+    shifted = bytearray(index.read_bytes())
+    shifted[-96 + 16] ^= 1  # of the one sample, where its caption starts
+    for content in (pickle.dumps(Payload(str(mark))), shifted):
         index.write_bytes(content)
         assert data.open_source(tar).caption(0) == "red"  # indexed anew
     np.save(tmp_path / "keep.npy", np.array([Payload(str(mark))]), allow_pickle=True)
