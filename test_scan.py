@@ -1026,6 +1026,12 @@ def test_what_does_not_fit_is_said_before_training(checkpoints, tmp_path, capsys
     common = ["finetune", "--checkpoint", checkpoints["moco"], "--data", some, "--val-data", some]
     assert "'10'" in eval_refuses(capsys, *common, "--test-data", numbers)
     assert "--out" in eval_refuses(capsys, *common, "--out", tmp_path / "no" / "where.pt")
+    with pytest.raises(SystemExit):
+        flags = (
+            f"--arch moco_vit_tiny --data {tree(tmp_path / 'a', COLOURS, 4)} --val-data {some} --prune 0.1"
+        )
+        train.main([*flags.split(), *f"--batch-size 4 --image-size 16 --out {tmp_path / 'out'}".split()])
+    assert f"'{WNIDS[0]}'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_linear_probe_standardises_with_the_training_features(monkeypatch):

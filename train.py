@@ -582,6 +582,8 @@ def train(args, rank, world, device):
     val = open_source(args.val_data, False, args) if args.val_data else None
     if is_moco and val is not None and (val.labels is None or dataset.source.labels is None):
         raise TrainError("--val-data: MoCo's kNN needs classes in it and in --data; name their --label-key")
+    if is_moco and val is not None:
+        evaluation.class_labels(val, dataset.source.classes)  # a class that is unknown is said now
     steps_full = int(keep.sum()) // args.batch_size
     if args.warmup is None:  # the paper's 10k steps, on small data a twentieth of the run
         args.warmup = round(min(10_000 / steps_full, 0.05 * args.epochs), 4)
