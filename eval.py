@@ -516,10 +516,14 @@ def make_coreset(runs, prune):
 # ---------------------------------------------------------------- command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without argparse's block of usage; rank 0 speaks for all."""
+        self.exit(2, None if int(os.environ.get("RANK", 0)) else f"{self.prog}: {message}\n")
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
         "zeroshot": "CLIP: nearest prompt of each class",
@@ -586,6 +590,8 @@ def parse_args(argv=None):
         need((getattr(args, flag, None) or 1) >= 1 and getattr(args, flag, None) != 0, flag, "at least 1")
     for flag in ("workers", "seed"):
         need(getattr(args, flag, 0) >= 0, flag, "at least 0")
+    for flag, most in (("image_size", 4096), ("workers", 1024), ("seed", 2**63 - 1)):
+        need((getattr(args, flag, None) or 0) <= most, flag, f"at most {most}")
     for flag in ("lr", "wd"):
         need(0 <= (getattr(args, flag, None) or 0) < math.inf, flag, "a finite number of at least 0")
     need(0 <= getattr(args, "prune", 0) <= 1, "prune", "a share between 0 and 1")

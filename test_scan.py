@@ -907,3 +907,87 @@ def test_learning_rate_never_bends():
     rates = [train.learning_rate(e / 10, args) for e in range(101)]
     assert rates[10] == 0.5 and max(rates) == rates[20] == 1 and rates[100] == pytest.approx(0)
     assert max(abs(np.diff(rates[20:]))) < 0.03
+
+
+# ---------------------------------------------------------------- nothing is lost: arguments, resume, faults
+
+SHARE, COUNT, NUMBER = "-0.1 1.1 nan inf -inf x", "-1 0 0.5 nan x", "-1 nan inf -inf x"
+SEED, WORKERS, SIZE = f"-1 0.5 x {2**63}", "-1 0.5 x 1025", f"{COUNT} 33 4112"
+# every flag with values that are refused, each alone; an empty string: any text is a name, to be opened later
+REFUSED = {
+    "arch": "what VIT_TINY", "data": "", "val_data": "", "img_key": "", "caption_key": "", "label_key": "",
+    "mismatch": SHARE, "prune": f"{SHARE} 1 0.51", "rho_red": f"{SHARE} 0.71", "rho_ill": f"{SHARE} 0.71",
+    "t_cos": COUNT, "warmup_threshold": "nan inf -inf x", "warmup_rule": "what", "keep": "",
+    "epochs": f"{COUNT} {10**6 + 1}", "batch_size": f"{COUNT} 1", "accum": f"{COUNT} 3 65", "lr": NUMBER,
+    "wd": NUMBER, "warmup": f"{NUMBER} 60.5", "image_size": SIZE, "precision": "fp16", "compile": "yes",
+    "device": "tpu", "workers": WORKERS, "eval_every": "-1 0.5 x", "save_every": "-1 0.5 x", "max_bad": SHARE,
+    "seed": SEED, "vocab": "", "out": "",
+}  # fmt: skip
+CONTRADICTIONS = {
+    "--rho-red 0.6 --rho-ill 0.6": "more than 1",
+    "--epochs 2 --warmup 3": "--warmup",
+    "--batch-size 30 --accum 4": "divisible",
+    "--arch rn50 --accum 2": "--accum",
+    "--arch swin_b --accum 2": "--accum",
+    "--arch moco_vit_tiny --accum 2": "--accum",
+    "--arch moco_vit_tiny --mismatch 0.1": "--mismatch",
+    "--arch moco_vit_tiny --vocab x": "--vocab",
+    "--arch vit_b32 --image-size 48": "multiple of 32",
+    "--unknown 1": "--unknown",
+    "leftover": "leftover",
+    "--epochs": "--epochs",
+}
+EVAL_REFUSED = {
+    "image_size": f"{COUNT} 4097", "arch": "what", "batch_size": COUNT, "workers": WORKERS, "device": "tpu",
+    "k": COUNT, "epochs": COUNT, "lr": NUMBER, "wd": NUMBER, "seed": SEED, "protocol": "what",
+    "prune": SHARE,
+} | dict.fromkeys("""command runs checkpoint quick_gelu vocab data img_key caption_key label_key download
+    val_data classnames templates wnids split_captions test_data out""".split(), "")  # fmt: skip
+EVAL_NEEDS = {
+    "coreset": "runs --prune 0.3 --out x",
+    "retrieval": "--checkpoint x --data x",
+    "export": "--checkpoint x --out x",
+}
+
+
+def refusal(parse_args, command, capsys):
+    """The one line on stderr with which arguments are refused, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(command.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and said.endswith("\n"), (command, said)
+    return said
+
+
+def test_every_flag_of_train_refuses_what_is_out_of_range(capsys, monkeypatch):
+    fixed = "--arch vit_tiny --data shapes --batch-size 64 --epochs 60 --prune 0.3 "
+    assert vars(train.parse_args(fixed.split())).keys() == REFUSED.keys(), "a flag needs a row here"
+    for name, values in REFUSED.items():
+        flag = "--" + name.replace("_", "-")
+        for value in values.split():
+            said = refusal(train.parse_args, f"{fixed} {flag}={value}", capsys)
+            assert flag in said or "more than 1" in said or "divisible" in said, (flag, value, said)
+    for command, word in CONTRADICTIONS.items():
+        assert word in refusal(train.parse_args, fixed + command, capsys)
+    assert train.parse_args(["--data", "shapes-of-mine"]).val_data is None  # a folder, not the built-in data
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 rank(s)" in refusal(train.parse_args, fixed, capsys)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args(["--epochs", "0"])
+    assert capsys.readouterr().err == "", "rank 0 speaks for all"
+
+
+@pytest.mark.parametrize(
+    "command", ["zeroshot", "retrieval", "knn", "linear", "finetune", "export", "coreset"]
+)
+def test_every_flag_of_eval_refuses_what_is_out_of_range(command, capsys):
+    fixed = f"{command} {EVAL_NEEDS.get(command, '--checkpoint x')}"
+    flags = vars(evaluation.parse_args(fixed.split())).keys()
+    assert flags <= EVAL_REFUSED.keys(), "a flag needs a row here"
+    for name in flags:
+        flag = "--" + name.replace("_", "-")
+        for value in EVAL_REFUSED[name].split():
+            assert flag in refusal(evaluation.parse_args, f"{fixed} {flag}={value}", capsys)
+    assert "--unknown" in refusal(evaluation.parse_args, f"{fixed} --unknown", capsys)
+    assert "command" in refusal(evaluation.parse_args, "", capsys)

@@ -67,10 +67,14 @@ class TrainError(Exception):
 # ---------------------------------------------------------------- arguments
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without argparse's block of usage; rank 0 speaks for all."""
+        self.exit(2, None if int(os.environ.get("RANK", 0)) else f"{self.prog}: {message}\n")
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--arch", choices=list(RECIPES), default="vit_b32")
     add(
@@ -141,7 +145,7 @@ def parse_args(argv=None):
     add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
     args = parser.parse_args(argv)
 
-    shapes, is_moco = args.data.startswith("shapes"), args.arch in moco.ARCHS
+    shapes, is_moco = args.data.partition(":")[0] == "shapes", args.arch in moco.ARCHS
     defaults = RECIPES[args.arch]
     if shapes:
         defaults = defaults | (SHAPES_TINY if args.arch.endswith("tiny") else SHAPES)
@@ -168,6 +172,8 @@ def parse_args(argv=None):
         parser.error(f"redundant and ill-matched shares sum to {args.rho_red + args.rho_ill:g}, more than 1")
     for flag in ("t_cos", "epochs", "accum", "image_size"):
         need(getattr(args, flag) >= 1, flag, "at least 1")
+    for flag, most in (("epochs", 10**6), ("image_size", 4096), ("workers", 1024), ("seed", 2**63 - 1)):
+        need(getattr(args, flag) <= most, flag, f"at most {most}")
     for flag in ("workers", "eval_every", "save_every", "seed"):
         need(getattr(args, flag) >= 0, flag, "at least 0")
     for flag in ("mismatch", "max_bad"):
@@ -807,13 +813,7 @@ def progress_text(args, scan, totals, step, steps, a, b):
 
 
 def main(argv=None):
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        sys.stderr.flush()
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # rank 0 speaks for all
-            args = parse_args(argv)
-    else:
-        args = parse_args(argv)
+    args = parse_args(argv)
     try:
         train(args, *start_ranks(args))
     except (TrainError, DataError, evaluation.EvalError) as error:
