@@ -991,3 +991,70 @@ def test_every_flag_of_eval_refuses_what_is_out_of_range(command, capsys):
             assert flag in refusal(evaluation.parse_args, f"{fixed} {flag}={value}", capsys)
     assert "--unknown" in refusal(evaluation.parse_args, f"{fixed} --unknown", capsys)
     assert "command" in refusal(evaluation.parse_args, "", capsys)
+
+
+class Killed(BaseException):
+    """What no handler of train.py catches: as after SIGKILL, the files stay as they are."""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """-> run(arch, out, *flags): train.main in this process, on models that take milliseconds a step."""
+    vocab = tmp_path / "vocab.gz"
+    vocab.write_bytes(gzip.compress(b"version\na </w>\n"))
+    for arch in ("vit_tiny", "rn50"):
+        vision = dict(width=64, layers=1, patch=16) if arch == "vit_tiny" else dict(width=16, layers=(1, 1, 1, 1))
+        monkeypatch.setitem(clip_model.ARCHS, arch, dict(embed_dim=32, vision=vision, text=(64, 1)))
+    moco_sizes = dict(width=64, layers=1, heads=1, patch=16, hidden=32, dim=16)
+    monkeypatch.setitem(train.moco.ARCHS, "moco_vit_tiny", moco_sizes)
+    monkeypatch.setattr(train, "ProgressLine", lambda rank: type("", (), {"due": lambda _: False, "clear": lambda _: None})())
+
+    def run(arch, out, *flags):
+        size = 32 if arch == "rn50" else 16
+        text = [] if arch.startswith("moco") else ["--vocab", str(vocab)]
+        train.main([*f"--arch {arch} --data shapes:72 --val-data shapes:20 --image-size {size} --batch-size 16".split(),
+                    *"--device cpu --epochs 6 --workers 0 --warmup-threshold 9 --eval-every 2".split(), *text,
+                    "--out", str(out), *flags])
+
+    return run
+
+
+# where a run dies: the function, which of its calls in this incarnation, and before or after the call
+MOMENTS = [
+    (train, "save", 1, "before"), (train, "save", 1, "after"), (train, "forward_backward", 4, "after"),
+    (train.Log, "add", 1, "before"), (train.Log, "add", 1, "after"), (train, "evaluate", 1, "before"),
+    (train, "evaluate", 1, "after"), (os, "fsync", 1, "before"), (os, "replace", 2, "after"),
+    (os, "replace", 3, "before"), (os, "replace", 3, "after"), (Scan, "end_epoch", 1, "before"), (Scan, "end_epoch", 1, "after"),
+    (Scan, "begin_epoch", 2, "after"), (train, "write_table", 1, "before"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny", "rn50"])
+@pytest.mark.parametrize("save_every", ["1", "3"])
+def test_killed_at_any_moment(small, tmp_path, monkeypatch, arch, save_every):
+    t=time.time()
+    small(arch, tmp_path / "whole")
+    print(time.time()-t)
+    ONE=True
+    for owner, name, number, when in MOMENTS[:-1]:
+        calls, function = [], getattr(owner, name)
+
+        def dying(*args, calls=calls, function=function, number=number, when=when):
+            calls.append(0)
+            if len(calls) == number and when == "before":
+                raise Killed
+            result = function(*args)
+            if len(calls) == number:
+                raise Killed
+            return result
+
+        t=time.time()
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, dying)
+            small(arch, tmp_path / "cut", "--save-every", save_every)
+        ck=[torch.load(f, weights_only=True) for f in (tmp_path/"cut").glob("last.pt")]
+        print(name, number, when, [(c["epoch"],c["step"],c["scan"]["stage"]) for c in ck], time.time()-t)
+    small(arch, tmp_path / "cut", "--save-every", save_every)
+    one, other = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "cut"))
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "cut")
+    assert all(v.equal(other["model"][k]) for k, v in one["model"].items())

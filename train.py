@@ -607,6 +607,8 @@ def train(args, rank, world, device):
         dataset.set_epoch(epoch)
         sampler.set_epoch(epoch, kept, start_step)
         steps = start_step + len(sampler)
+        last = epoch + 1 == args.epochs
+        evaluating = val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0))
 
         model.train()
         suspects = deque()  # steps whose losses the host has not looked at yet
@@ -651,11 +653,12 @@ def train(args, rank, world, device):
             if line.due():
                 line.show(progress_text(args, scan, totals, step, steps, a, b))
             stopping = stop()
-            if step < steps and (stopping or (args.save_every and step % args.save_every == 0)):
+            due = args.save_every and step % args.save_every == 0
+            if stopping or due or (evaluating and step == steps):  # an evaluation may take long, and be killed
                 while suspects:
                     refuse_non_finite(suspects.popleft(), args.out)
                 write_checkpoint(epoch, step)
-            if stopping and step < steps:
+            if stopping:
                 line.clear()
                 say(f"stopped in epoch {epoch}, step {step} of {steps}; the same command goes on from here")
                 return
@@ -669,6 +672,7 @@ def train(args, rank, world, device):
         bad = union_over_ranks(totals["bad"])
         samples_seen += totals["samples"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage, "loss": round(scan.loss, 6)}
+        rate = learning_rate(epoch + (steps - 1) / steps, args)  # of the last step
         record |= {"kept": len(kept), "total": total, "candidates": len(scan.candidates), "lr": rate}
         record |= {"samples": totals["samples"], "samples_seen": samples_seen}
         record |= {name: round(totals[name], 3) for name in ("seconds", "data_seconds")}
@@ -682,8 +686,7 @@ def train(args, rank, world, device):
             f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  "
             f"loss {scan.loss:.4f}  {totals['seconds']:.1f} s" + (f"  {len(bad)} unreadable" if bad else "")
         )
-        last = epoch + 1 == args.epochs
-        if val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0)):
+        if evaluating:
             result = evaluate(model, tokenizer, dataset.source, val, device, args.workers)
             log.add({"event": "eval", "epoch": epoch} | result)
             say("    " + scores(result))
