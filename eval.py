@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 import sys
+import time
 
 import numpy as np
 import torch
@@ -518,8 +519,11 @@ def make_coreset(runs, prune):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, without argparse's block of usage; rank 0 speaks for all."""
-        self.exit(2, None if int(os.environ.get("RANK", 0)) else f"{self.prog}: {message}\n")
+        """One line, without argparse's block of usage; rank 0 speaks for all, and torchrun then ends them."""
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)
+            self.exit(2)
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse_args(argv=None):

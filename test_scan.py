@@ -973,6 +973,7 @@ def test_every_flag_of_train_refuses_what_is_out_of_range(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "3 rank(s)" in refusal(train.parse_args, fixed, capsys)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(SystemExit, match="2"):
         train.parse_args(["--epochs", "0"])
     assert capsys.readouterr().err == "", "rank 0 speaks for all"
@@ -994,67 +995,124 @@ def test_every_flag_of_eval_refuses_what_is_out_of_range(command, capsys):
 
 
 class Killed(BaseException):
-    """What no handler of train.py catches: as after SIGKILL, the files stay as they are."""
+    """No handler of train.py catches it: the files stay as SIGKILL leaves them."""
+
+
+TINY = (
+    "--data shapes:72 --val-data shapes:20 --batch-size 16 --epochs 9 --device cpu --workers 0 --eval-every 2"
+)
+TINY += " --warmup-threshold 9 --image-size "
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """-> run(arch, out, *flags): train.main in this process, on models that take milliseconds a step."""
-    vocab = tmp_path / "vocab.gz"
-    vocab.write_bytes(gzip.compress(b"version\na </w>\n"))
-    for arch in ("vit_tiny", "rn50"):
-        vision = dict(width=64, layers=1, patch=16) if arch == "vit_tiny" else dict(width=16, layers=(1, 1, 1, 1))
-        monkeypatch.setitem(clip_model.ARCHS, arch, dict(embed_dim=32, vision=vision, text=(64, 1)))
-    moco_sizes = dict(width=64, layers=1, heads=1, patch=16, hidden=32, dim=16)
-    monkeypatch.setitem(train.moco.ARCHS, "moco_vit_tiny", moco_sizes)
-    monkeypatch.setattr(train, "ProgressLine", lambda rank: type("", (), {"due": lambda _: False, "clear": lambda _: None})())
+def small(monkeypatch):
+    """-> run(arch, out, flags): train.main in this process, with models that take milliseconds a step."""
+    return make_small(monkeypatch.setitem)
 
-    def run(arch, out, *flags):
+
+def make_small(setitem=dict.__setitem__):
+    tiny = {"vit_tiny": dict(width=64, layers=1, patch=16), "rn50": dict(width=16, layers=(1, 1, 1, 1))}
+    for arch, vision in tiny.items():
+        setitem(clip_model.ARCHS, arch, dict(embed_dim=32, vision=vision, text=(64, 1)))
+    sizes = dict(width=64, layers=1, heads=1, patch=16, hidden=32, dim=16)
+    setitem(train.moco.ARCHS, "moco_vit_tiny", sizes)
+
+    def run(arch, out, flags=""):
+        out.parent.mkdir(exist_ok=True)
+        vocab = out.parent / "vocab.gz"  # instead of 49408 hashed words
+        if not vocab.exists():
+            vocab.write_bytes(gzip.compress(b"version\na </w>\n", mtime=0))
+        text = "" if arch.startswith("moco") else f"--vocab {vocab}"
         size = 32 if arch == "rn50" else 16
-        text = [] if arch.startswith("moco") else ["--vocab", str(vocab)]
-        train.main([*f"--arch {arch} --data shapes:72 --val-data shapes:20 --image-size {size} --batch-size 16".split(),
-                    *"--device cpu --epochs 6 --workers 0 --warmup-threshold 9 --eval-every 2".split(), *text,
-                    "--out", str(out), *flags])
+        train.main(f"--arch {arch} {TINY} {size} {text} --out {out} {flags}".split())
 
     return run
 
 
-# where a run dies: the function, which of its calls in this incarnation, and before or after the call
-MOMENTS = [
-    (train, "save", 1, "before"), (train, "save", 1, "after"), (train, "forward_backward", 4, "after"),
-    (train.Log, "add", 1, "before"), (train.Log, "add", 1, "after"), (train, "evaluate", 1, "before"),
-    (train, "evaluate", 1, "after"), (os, "fsync", 1, "before"), (os, "replace", 2, "after"),
-    (os, "replace", 3, "before"), (os, "replace", 3, "after"), (Scan, "end_epoch", 1, "before"), (Scan, "end_epoch", 1, "after"),
-    (Scan, "begin_epoch", 2, "after"), (train, "write_table", 1, "before"),
-]  # fmt: skip
+def at_call(number, when, action, function):
+    """`function`, but around its call number `number` there is `action`: when is "before" or "after" it."""
+    calls = []
+
+    def wrapped(*args, **options):
+        calls.append(0)
+        if len(calls) == number and when == "before":
+            action()
+        result = function(*args, **options)
+        if len(calls) == number and when == "after":
+            action()
+        return result
+
+    return wrapped
 
 
+def die():
+    raise Killed
+
+
+def assert_same_run(one, other, epochs=9):
+    """Checkpoints and logs of two runs agree bit for bit, but for their times."""
+    log = without_times(one)
+    assert [r["epoch"] for r in log if r["event"] == "epoch"] == list(range(epochs))
+    assert log == without_times(other)
+    one, other = (torch.load(out / "last.pt", weights_only=True) for out in (one, other))
+    for part in ("model", "scan"):
+        for name, value in one[part].items():
+            same = value.equal(other[part][name]) if torch.is_tensor(value) else value == other[part][name]
+            assert same, f"{part} {name}"
+    for i, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert value.equal(other["optimizer"]["state"][i][name]), f"optimizer {i} {name}"
+
+
+# where one start of a run after the other dies: in which function, at which of its calls, before or after it
+MOMENTS = """save 1 before, save 1 after, forward_backward 5 before, add 1 before, add 1 after,
+evaluate 1 before, evaluate 1 after, fsync 1 before, end_epoch 1 before, end_epoch 1 after,
+begin_epoch 2 after, forward_backward 4 after, begin_epoch 2 after, replace 2 after, add 2 after,
+replace 3 before, replace 3 after, forward_backward 7 after, evaluate 1 after, evaluate 1 before,
+forward_backward 2 before, replace 4 after, evaluate 1 after, print_table 1 before"""
+OWNER = {"fsync": os, "replace": os, "add": train.Log, "begin_epoch": Scan, "end_epoch": Scan}
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
 @pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny", "rn50"])
-@pytest.mark.parametrize("save_every", ["1", "3"])
-def test_killed_at_any_moment(small, tmp_path, monkeypatch, arch, save_every):
-    t=time.time()
-    small(arch, tmp_path / "whole")
-    print(time.time()-t)
-    ONE=True
-    for owner, name, number, when in MOMENTS[:-1]:
-        calls, function = [], getattr(owner, name)
-
-        def dying(*args, calls=calls, function=function, number=number, when=when):
-            calls.append(0)
-            if len(calls) == number and when == "before":
-                raise Killed
-            result = function(*args)
-            if len(calls) == number:
-                raise Killed
-            return result
-
-        t=time.time()
+def test_killed_at_any_moment_the_run_goes_on_exactly(small, tmp_path, monkeypatch, arch, save_every):
+    """In all stages, around the epoch's end, in evaluations, and while a checkpoint or the log is written."""
+    whole, cut, stages = tmp_path / "whole", tmp_path / "cut", set()
+    small(arch, whole)
+    for moment in MOMENTS.replace("\n", " ").split(", "):
+        name, number, when = moment.split()
+        owner = OWNER.get(name, train)
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(owner, name, dying)
-            small(arch, tmp_path / "cut", "--save-every", save_every)
-        ck=[torch.load(f, weights_only=True) for f in (tmp_path/"cut").glob("last.pt")]
-        print(name, number, when, [(c["epoch"],c["step"],c["scan"]["stage"]) for c in ck], time.time()-t)
-    small(arch, tmp_path / "cut", "--save-every", save_every)
-    one, other = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "cut"))
-    assert without_times(tmp_path / "whole") == without_times(tmp_path / "cut")
-    assert all(v.equal(other["model"][k]) for k, v in one["model"].items())
+            patch.setattr(owner, name, at_call(int(number), when, die, getattr(owner, name)))
+            small(arch, cut, f"--save-every {save_every}")
+        checkpoint = train.load(cut, print)
+        stages |= {(checkpoint["scan"]["stage"], checkpoint["step"] > 0)} if checkpoint else set()
+    assert stages >= {(s, m) for s in ("warm-up", "preparation", "mutation") for m in (True, False)}, stages
+    small(arch, cut)
+    assert_same_run(whole, cut)
+
+
+def rank_runs_and_dies(rank, world, port, folder):
+    """Both models on `world` ranks: a run, and one that dies in mid-epoch and in an evaluation."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    run, batch = make_small(), "--batch-size 12 --save-every 2 --epochs 6"
+    for arch in ("vit_tiny", "moco_vit_tiny", "rn50"):
+        run(arch, folder / arch / "whole", batch)
+        for name, number in (("forward_backward", 16), ("evaluate", 1)):
+            function = getattr(train, name)
+            setattr(train, name, at_call(number, "after", die, function))
+            with pytest.raises(Killed):
+                run(arch, folder / arch / "cut", batch)
+            setattr(train, name, function)
+        run(arch, folder / arch / "cut", batch)
+
+
+@slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_go_on_exactly(tmp_path, world):
+    """From three ranks on the order of gloo's sums counts: see average_in_rank_order."""
+    mp.start_processes(rank_runs_and_dies, (world, free_port(), tmp_path), world, start_method="spawn")
+    for arch in ("vit_tiny", "moco_vit_tiny", "rn50"):
+        assert_same_run(tmp_path / arch / "whole", tmp_path / arch / "cut", epochs=6)

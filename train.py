@@ -12,19 +12,23 @@ The same command again resumes from --out. The method itself is in scan.py; the 
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import time
 from collections import deque
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -50,13 +54,14 @@ RECIPES = {arch: CLIP for arch in clip_model.ARCHS} | {
 SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, warmup=1.0, image_size=64)
 SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0)
 
+TIMEOUT = timedelta(minutes=30)  # for one rank to wait for another: while it indexes shards, or is lost
+
 TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
 
-# a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
+# a resumed run must agree on these, on the tokens, the data and what --keep keeps; the rest may change
 METHOD = (
-    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
-    "lr wd warmup "
-    "image_size precision seed"
+    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule mismatch epochs batch_size accum "
+    "lr wd warmup image_size precision seed"
 ).split()
 
 
@@ -69,8 +74,11 @@ class TrainError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, without argparse's block of usage; rank 0 speaks for all."""
-        self.exit(2, None if int(os.environ.get("RANK", 0)) else f"{self.prog}: {message}\n")
+        """One line, without argparse's block of usage; rank 0 speaks for all, and torchrun then ends them."""
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)
+            self.exit(2)
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse_args(argv=None):
@@ -223,7 +231,7 @@ def start_ranks(args):
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     return rank, world, device
 
 
@@ -235,7 +243,7 @@ class StopSignal:
 
     def __init__(self, world):
         self.asked = False
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
         self.pending = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
@@ -252,6 +260,23 @@ class StopSignal:
             return False
         before[0].wait()
         return bool(before[1])
+
+
+def average_in_rank_order(_, bucket):
+    """Hook of DDP for gloo: the mean of the ranks' gradients, each summed from rank 0 up.
+
+    In gloo's own sum the order depends on where in the buffer a gradient lies, and DDP rearranges its buffers
+    after the first step: from three ranks on, a resumed run would differ from one without interruption.
+    """
+    grads, world = bucket.buffer(), dist.get_world_size()
+    mine = F.pad(grads, (0, -len(grads) % world))
+    theirs = torch.empty_like(mine)
+    dist.all_to_all_single(theirs, mine)  # every rank sums one part
+    mean = functools.reduce(torch.add, theirs.chunk(world)) / world
+    dist.all_gather_into_tensor(mine, mean)
+    done = torch.futures.Future()
+    done.set_result(mine[: len(grads)])
+    return done
 
 
 def check_ranks_agree(what, values, device):
@@ -370,11 +395,11 @@ def load(out, say):
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
                 if damaged:
                     say(f"{damaged[0]} is damaged: going on from {path}")
                 return checkpoint
-            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError):
+            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError):
                 damaged.append(path)
     if damaged:
         raise TrainError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
@@ -382,6 +407,8 @@ def load(out, say):
 
 
 def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
+    if checkpoint.get("version") != VERSION:
+        raise TrainError(f"{checkpoint['path']}: not of this version of train.py: choose another --out")
     for name in METHOD:
         before, now = checkpoint["args"].get(name), getattr(args, name)
         if before != now:
@@ -395,7 +422,7 @@ def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
         )
     if checkpoint["data"] != {"size": size, "hash": fingerprint}:
         raise TrainError(
-            f"{args.out} was trained on other data ({checkpoint['data']['size']:,} samples, hash "
+            f"{args.out} was trained on other data or --keep ({checkpoint['data']['size']:,} samples, hash "
             f"{checkpoint['data']['hash']}; now {size:,}, {fingerprint}): choose another --out"
         )
 
@@ -406,22 +433,30 @@ class Log:
     def __init__(self, out, epochs_done, write):
         self.path, self.write, self.records = os.path.join(out, "log.jsonl"), write, []
         if os.path.exists(self.path) and epochs_done:
-            with open(self.path, encoding="utf-8") as file:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     with contextlib.suppress(ValueError):  # a line cut short by a kill
                         record = json.loads(line)
                         if record["epoch"] < epochs_done:
                             self.records.append(record)
         if write:
-            with open(self.path + ".new", "w", encoding="utf-8") as file:
+            with self.writing(self.path + ".new") as file:
                 file.writelines(json.dumps(record) + "\n" for record in self.records)
             os.replace(self.path + ".new", self.path)
 
     def add(self, record):
         self.records.append(record)
         if self.write:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with self.writing(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
+
+    @contextlib.contextmanager
+    def writing(self, path, mode="w"):
+        try:
+            with open(path, mode, encoding="utf-8") as file:
+                yield file
+        except OSError as error:
+            raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def found(scan, truth):
@@ -514,6 +549,8 @@ def train(args, rank, world, device):
     text = None if is_moco else tokenizer.name
     dataset, keep = training_data(args, tokenizer)
     fingerprint, total = dataset.fingerprint(), len(dataset)
+    if args.keep:
+        fingerprint = hashlib.sha256(fingerprint.encode() + keep.numpy().tobytes()).hexdigest()[:16]
     check_ranks_agree("data", torch.tensor(list(fingerprint.encode())), device)
     val = open_source(args.val_data, False, args) if args.val_data else None
     if is_moco and val is not None and (val.labels is None or dataset.source.labels is None):
@@ -551,11 +588,16 @@ def train(args, rank, world, device):
     checkpoint = load(args.out, say)
     if checkpoint:
         refuse_other_run(checkpoint, args, text, fingerprint, total)
+        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
+    check_ranks_agree("checkpoint in --out", torch.tensor([first_epoch, start_step]), device)
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scan.load_state_dict(checkpoint["scan"])
-        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
         totals, samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
+        if rank == 0 and checkpoint["path"].endswith("prev.pt"):
+            # else the next save would put a damaged last.pt in its place
+            os.replace(checkpoint["path"], os.path.join(args.out, "last.pt"))
     log = Log(args.out, first_epoch, write=rank == 0)
 
     bf16 = args.precision == "bf16" or (
@@ -568,6 +610,8 @@ def train(args, rank, world, device):
     module = torch.compile(model) if compiled else model
     if world > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+        if device.type == "cpu" and world > 2:
+            module.register_comm_hook(None, average_in_rank_order)
     sampler = ScanSampler(args.batch_size, rank, world, seed=args.seed)
     loader = DataLoader(
         dataset,
@@ -592,6 +636,8 @@ def train(args, rank, world, device):
         return
 
     def write_checkpoint(epoch, step):
+        refuse_non_finite_weights(model, epoch, step, args.out)  # a loss would tell a step too late
+        totals["bad"] = union_over_ranks(totals["bad"])
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scan": scan.state_dict()}
@@ -653,8 +699,9 @@ def train(args, rank, world, device):
             if line.due():
                 line.show(progress_text(args, scan, totals, step, steps, a, b))
             stopping = stop()
-            due = args.save_every and step % args.save_every == 0
-            if stopping or due or (evaluating and step == steps):  # an evaluation may take long, and be killed
+            # before an evaluation too: it may take long, and be killed
+            due = (args.save_every and step % args.save_every == 0) or (evaluating and step == steps)
+            if stopping or due:
                 while suspects:
                     refuse_non_finite(suspects.popleft(), args.out)
                 write_checkpoint(epoch, step)
@@ -758,6 +805,9 @@ def read_keep(path, total):
 def evaluate(model, tokenizer, source, val, device, workers):
     """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN, on features of `source`."""
     model.eval()
+    if dist.is_initialized():  # batch statistics of the ResNets differ: take rank 0's, as the checkpoint does
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     if tokenizer is None:
         result = evaluation.knn(model, source, val, device, workers=workers)
     else:
@@ -767,9 +817,16 @@ def evaluate(model, tokenizer, source, val, device, workers):
 
 
 def ignore_signals(_):
-    """Ctrl-C reaches the loading processes too; the rank they belong to saves first, then ends them."""
+    """Ctrl-C and a scheduler's SIGTERM reach the loading processes too: their rank saves, then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_loading():
+    """Python would end the loading processes by SIGTERM, which they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader takes their end for a failure
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def to_host(tensor):
@@ -787,11 +844,19 @@ def refuse_non_finite(suspect, out):
     if event is not None:
         event.synchronize()  # a few steps old: it has long happened
     if not finite.all():
-        # one bad feature spoils the loss of every row, through the keys: name the rows of bad features
-        bad = ~finite[2] if finite[:2].all() else ~finite[:2].all(0)
+        # one bad feature spoils the loss of every row of every rank, through the keys: name its row, if any
+        bad = union_over_ranks(ids[~finite[:2].all(0)].tolist()) or union_over_ranks(ids[~finite[2]].tolist())
         raise TrainError(
-            f"loss not finite in epoch {epoch}, step {step}, from samples {ids[bad][:8].tolist()}: stopped; "
-            f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
+            f"loss not finite in epoch {epoch}, step {step}, from samples {bad[:8]}: stopped; "
+            f"what {out} holds is from before it. A lower --lr or --precision fp32 may help"
+        )
+
+
+def refuse_non_finite_weights(model, epoch, step, out):
+    if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
+        raise TrainError(
+            f"weights not finite in epoch {epoch}, after step {step}: stopped; what {out} holds is "
+            f"from before it. A lower --lr or --precision fp32 may help"
         )
 
 
@@ -815,14 +880,29 @@ def progress_text(args, scan, totals, step, steps, a, b):
     )
 
 
+def fail(line):
+    """Rank 0 speaks for all: torchrun then ends the others, unless the failure is theirs alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        line = f"rank {rank}: {line}"
+    print(f"train.py: {line}", file=sys.stderr)
+    sys.exit(1)
+
+
 def main(argv=None):
     args = parse_args(argv)
     try:
         train(args, *start_ranks(args))
     except (TrainError, DataError, evaluation.EvalError) as error:
-        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error).strip().splitlines()[-1])
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        fail(f"lost another rank; the same command goes on from the last checkpoint in {args.out}")
     finally:
+        end_loading()
         if dist.is_initialized():
             dist.destroy_process_group()
 
