@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import stat
 import tarfile
 import unicodedata
 import warnings
@@ -445,11 +446,11 @@ class Shards:
         self.stamps, tables = [], []
         for path in paths:
             try:
-                stat = os.stat(path)
-                tables.append(_tar_index(path, stat))
+                status = os.stat(path)
+                tables.append(_tar_index(path, status))
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}") from None
-            self.stamps.append((stat.st_size, stat.st_mtime_ns))
+            self.stamps.append((status.st_size, status.st_mtime_ns))
         if captions:
             tables = [table[(table[:, 3] >= 0) | (table[:, 5] >= 0)] for table in tables]
         self.first = np.cumsum([0] + [len(table) for table in tables])
@@ -477,8 +478,8 @@ class Shards:
                 os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         file = self._files[shard]
-        stat = os.fstat(file)
-        if (stat.st_size, stat.st_mtime_ns) != self.stamps[shard]:
+        status = os.fstat(file)
+        if (status.st_size, status.st_mtime_ns) != self.stamps[shard]:
             raise DataError(
                 f"{self.paths[shard]}: changed since it was indexed; start again to index it anew"
             )
@@ -497,7 +498,10 @@ class Shards:
     def caption(self, i):
         if self.table[i, 3] >= 0:
             return self._read(i, 1, limit=1 << 16).decode("utf-8", "replace")
-        return str(self.meta(i)["caption"])
+        caption = self.meta(i)["caption"]
+        if not isinstance(caption, str):
+            raise ValueError(f"the caption in its .json is {type(caption).__name__}, not text")
+        return caption[: 1 << 16]
 
     def meta(self, i):
         """The sample's JSON."""
@@ -518,29 +522,28 @@ class Shards:
         return hashlib.sha256(names.encode() + self.first.tobytes() + self.table.tobytes()).hexdigest()
 
 
-def _tar_index(path, stat):
+def _tar_index(path, status):
     """(n, 6) int64 byte ranges of a tar's samples, from the cache or from the tar itself."""
     key = hashlib.sha256(
-        f"2 {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}".encode()
+        f"3 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}".encode()
     ).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan" / f"{key}.npy"
     try:
         table = np.load(cache, allow_pickle=False)
-        if (
-            table.dtype == np.int64
-            and table.ndim == 2
-            and table.shape[1] == 6
-            and _in_file(table, stat.st_size)
-        ):
-            return table
-    except (OSError, ValueError, EOFError):
+        if table.dtype == np.int64 and table.shape[1:] == (6,) and (table[-1] == _digest(table[:-1])).all():
+            return table[:-1]
+    except (OSError, ValueError, EOFError, IndexError):
         pass
 
     rows, row, last_key, parts = [], None, None, set()
     try:
+        if not os.path.isfile(path):
+            raise ValueError("not a regular file")
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # else tarfile keeps every header it has seen
+                if member.size < 0:
+                    raise ValueError("a member of negative size")
                 if not member.isreg() or member.issparse():
                     continue
                 folder, name = os.path.split(member.name)
@@ -554,10 +557,13 @@ def _tar_index(path, stat):
                     rows.append(row)
                 row[2 * part : 2 * part + 2] = member.offset_data, member.size
                 parts.add(part)
+            tail = os.pread(tar.fileobj.fileno(), _LONGEST_TAIL + 1, tar.offset)
+            if not tail or tail.strip(b"\0") or len(tail) > _LONGEST_TAIL:
+                raise ValueError(f"no end mark, but something else, at byte {tar.offset}")
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a whole tar file ({error}); fetch it again, or leave it out") from None
     table = np.array([r for r in rows if r[1] >= 0], dtype=np.int64).reshape(-1, 6)
-    if not _in_file(table, stat.st_size):
+    if not _in_file(table, status.st_size):
         raise DataError(
             f"{path}: not a whole tar file (a member ends beyond it); fetch it again, or leave it out"
         )
@@ -565,14 +571,31 @@ def _tar_index(path, stat):
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
         with open(temporary, "wb") as file:
-            np.save(file, table, allow_pickle=False)
+            np.save(file, np.vstack([table, _digest(table)]), allow_pickle=False)
         os.replace(temporary, cache)
     return table
+
+
+# A tar ends in zeros: two blocks of 512, filled up to a record (10 KiB if not told otherwise).
+_LONGEST_TAIL = 1 << 20
+
+
+def _digest(table):
+    """SHA-256 as a row of the index's own shape: damage to a cached index shows."""
+    return np.frombuffer(hashlib.sha256(table.tobytes()).digest() + bytes(16), np.int64)
 
 
 def _in_file(table, size):
     offsets, sizes = table[:, 0::2], table[:, 1::2]
     return bool((offsets >= 0).all() and (sizes >= -1).all() and (offsets + sizes <= size).all())
+
+
+def _read_file(path):
+    """Bytes of a regular file; a pipe or a device would make the reader wait or never end."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        return file.read()
 
 
 class Table:
@@ -582,6 +605,8 @@ class Table:
 
     def __init__(self, path, image_key="filepath", caption_key="title", label_key=None, captions=True):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise DataError(f"{path}: not a regular file")
         csv.field_size_limit(1 << 26)
         try:
             with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -625,7 +650,7 @@ class Table:
         return len(self.images)
 
     def image(self, i, draft=None):
-        return decode(Path(self.where(i)).read_bytes(), draft)
+        return decode(_read_file(self.where(i)), draft)
 
     def caption(self, i):
         return self.captions[i][: 1 << 16]
@@ -671,7 +696,7 @@ class Tree:
         return len(self.images)
 
     def image(self, i, draft=None):
-        return decode(Path(self.where(i)).read_bytes(), draft)
+        return decode(_read_file(self.where(i)), draft)
 
     def caption(self, i):
         return self.classes[self.labels[i]]
@@ -709,7 +734,7 @@ class Cifar:
         return f"{self.name}, id {i}"
 
     def fingerprint(self):
-        return hashlib.sha256(self.pictures).hexdigest()
+        return hashlib.sha256(self.pictures.tobytes()).hexdigest()
 
 
 def _classes(names):
@@ -823,12 +848,12 @@ class Pairs(Samples):
     says which.
     """
 
-    def __init__(self, source, tokenizer, size, *, seed=0, mismatch=0.0):
+    def __init__(self, source, tokenizer, size, *, crop_min=0.9, seed=0, mismatch=0.0):
         super().__init__(source, seed)
         self.tokenizer, self.mismatch = tokenizer, mismatch
-        crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+        crop = v2.RandomResizedCrop(size, (crop_min, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
         self.transform = v2.Compose([crop, v2.PILToTensor()])
-        self.draft = math.ceil(size / math.sqrt(0.9))  # the smallest crop still covers the image size
+        self.draft = math.ceil(size / math.sqrt(crop_min))  # the smallest crop still covers the image size
         self.truth = dict(source.truth)
         self.caption_of = None
         if mismatch:
@@ -864,10 +889,10 @@ class Views(Samples):
     Only what needs the picture is done here; `inputs` does the rest for the whole batch on the device.
     """
 
-    def __init__(self, source, size, *, seed=0):
+    def __init__(self, source, size, *, crop_min=0.08, seed=0):
         super().__init__(source, seed)
-        self.transform = v2.Compose([v2.RandomResizedCrop(size, scale=(0.08, 1.0)), v2.PILToTensor()])
-        self.draft = math.ceil(size / math.sqrt(0.08))
+        self.transform = v2.Compose([v2.RandomResizedCrop(size, (crop_min, 1.0)), v2.PILToTensor()])
+        self.draft = math.ceil(size / math.sqrt(crop_min))
         self.truth = {k: v for k, v in source.truth.items() if k == "redundant"}  # captions play no part
 
     def read(self, i):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 # hidden, dim: of the projector and the predictor. moco_vit_tiny is ours, for two CPU cores.
 ARCHS = {
-    "moco_vit_tiny": dict(width=192, layers=4, heads=3, patch=16, hidden=512, dim=128),
+    "moco_vit_tiny": dict(width=96, layers=4, heads=3, patch=8, hidden=512, dim=128),
     "moco_vit_s16": dict(width=384, layers=12, heads=12, patch=16, hidden=4096, dim=256),
     "moco_vit_b16": dict(width=768, layers=12, heads=12, patch=16, hidden=4096, dim=256),
 }
@@ -139,14 +139,15 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-class BatchNorm(nn.SyncBatchNorm):
-    """Batch norm over the global batch: torch's on GPUs, and the same by hand for ranks on CPUs."""
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over the global batch. (torch's SyncBatchNorm does that too, but on GPUs alone.)"""
 
     def forward(self, x):  # (b, width), b equal on all ranks
-        distributed = dist.is_available() and dist.is_initialized()
-        if x.is_cuda or not self.training or not distributed:
+        if not (
+            self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        ):
             return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             n = len(x) * dist.get_world_size()
             mean = _SumOverRanks.apply(x.sum(0)) / n

@@ -1,10 +1,14 @@
 """Tests of SCAN: `pytest -q` (all), `pytest -q -m "not slow"` (seconds)."""
 
+import csv
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -25,6 +29,7 @@ from PIL import Image
 import clip_model
 import data
 import eval as evaluation
+import moco
 import train
 from scan import Scan, ScanSampler, coreset, info_nce, prune_ratio, pruned_set, select_candidates, warmed_up
 
@@ -481,6 +486,167 @@ def test_overfits_one_batch():
     assert a.mean() < 0.6 * math.log(16)  # stuck models stay at ln(batch)
 
 
+# ---------------------------------------------------------------- MoCo v3
+
+
+def small_moco():
+    torch.manual_seed(0)
+    return moco.create("moco_vit_tiny", 32)
+
+
+def test_moco_keys_come_from_a_moving_average_without_gradient():
+    model, views = small_moco(), torch.randn(2, 8, 3, 32, 32, generator=generator())
+    encoders = model.base_encoder, model.momentum_encoder
+    assert all(p.equal(k) for p, k in zip(*(e.parameters() for e in encoders), strict=True))
+    q1, q2, k1, k2 = model(*views)
+    for x in (q1, q2, k1, k2):
+        assert x.shape == (8, 128) and x.dtype == torch.float32
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(8))
+    assert q1.requires_grad and q2.requires_grad and not (k1.requires_grad or k2.requires_grad)
+    with torch.no_grad():
+        for p in model.base_encoder.parameters():
+            p += 1
+    before = [p.clone() for p in model.momentum_encoder.parameters()]
+    model.update_momentum_encoder(0.9)
+    for old, base, new in zip(before, *(e.parameters() for e in encoders), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * base)
+    assert not any(p.requires_grad for p in model.momentum_encoder.parameters())
+    frozen = {n for n, p in model.base_encoder.named_parameters() if not p.requires_grad}
+    assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
+def test_moco_loss_is_the_published_one():
+    model, views = small_moco(), torch.randn(2, 8, 3, 32, 32, generator=generator())
+    q1, q2, k1, k2 = model(*views)
+    _, _, loss = train.moco_losses(q1, q2, k1, k2)
+    rows = torch.arange(8)
+    expected = sum(
+        F.cross_entropy(q @ k.T / train.TEMPERATURE, rows) * 2 * train.TEMPERATURE
+        for q, k in ((q1, k2), (q2, k1))
+    )
+    torch.testing.assert_close(loss, expected)
+    args = train.parse_args(["--arch", "moco_vit_s16", "--data", "x.tar", "--batch-size", "512"])
+    assert (args.prune, args.lr, args.epochs, args.warmup) == (0.35, 3e-4, 100, 10)
+    assert [round(train.moco_momentum(e, args), 6) for e in (0, 50, 100)] == [0.99, 0.995, 1.0]
+    groups = train.make_optimizer(model, args, torch.device("cpu")).param_groups
+    assert sum(p.numel() for p in groups[0]["params"]) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_sincos_positions_are_fixed_and_differ():
+    positions = moco.sincos_positions(4, 32)
+    assert positions.shape == (1, 17, 32) and not positions[0, 0].any()
+    assert len(positions[0].unique(dim=0)) == 17
+    row, column = 2, 3
+    expected = torch.tensor([math.sin(row), math.cos(row), math.sin(column), math.cos(column)])
+    torch.testing.assert_close(positions[0, 1 + 4 * row + column, ::8], expected)
+
+
+def moco_step(rank, world):
+    """Losses, averaged gradients and batch-norm statistics of one step at a global batch of 16."""
+    model, views = small_moco(), torch.randn(2, 16, 3, 32, 32, generator=generator())
+    mine = slice(rank * 16 // world, (rank + 1) * 16 // world)
+    model.update_momentum_encoder(0.9)
+    a, b, _ = train.forward_backward(model, views[:, mine], train.moco_losses, FLOAT32)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    for grad in grads:
+        if world > 1:
+            dist.all_reduce(grad)
+            grad /= world
+    return {"a": a, "b": b, "grads": grads, "buffers": list(model.buffers())}
+
+
+@slow
+def test_moco_ranks_equal_one_process(tmp_path):
+    alone, ranks = moco_step(0, 1), run_ranks(moco_step, 2, tmp_path / "ranks")
+    for name in "ab":
+        torch.testing.assert_close(torch.cat([r[name] for r in ranks]), alone[name], rtol=0, atol=1e-5)
+    for r in ranks:
+        for name in ("grads", "buffers"):
+            for mine, expected in zip(r[name], alone[name], strict=True):
+                torch.testing.assert_close(mine, expected, rtol=1e-3, atol=2e-6)
+
+
+@slow
+def test_moco_trains_alike_on_one_and_two_ranks_and_resumes(tmp_path):
+    command = ["train.py", "--arch", "moco_vit_tiny", "--data", "shapes:128", "--image-size", "32"]
+    command += ["--batch-size", "32", "--epochs", "4", "--workers", "0", "--warmup-threshold", "9"]
+    for name, torchrun in (("one", 0), ("two", 2)):
+        said = run(*command, "--out", str(tmp_path / name), torchrun=torchrun).stdout
+    assert "top1" in said and "35% redundant" in said
+    one, two = (records(tmp_path / name) for name in ("one", "two"))
+    assert [r["loss"] for r in one if r["event"] == "epoch"][0] == pytest.approx(two[0]["loss"], abs=1e-4)
+    assert {"top1", "balanced"} <= set(one[-1])
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["scan"] for name in ("one", "two")]
+    assert states[0]["counts"].sum() == states[1]["counts"].sum() > 0
+
+    process = subprocess.Popen(
+        [sys.executable, *command, "--save-every", "1", "--out", str(tmp_path / "cut")],
+        cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for text in process.stdout:
+        if text.startswith("epoch   1"):
+            break
+    process.kill(), process.wait()
+    run(*command, "--save-every", "1", "--out", str(tmp_path / "cut"))
+    whole, cut = (torch.load(tmp_path / n / "last.pt", weights_only=True)["model"] for n in ("one", "cut"))
+    assert any("momentum_encoder" in k for k in whole) and all(v.equal(cut[k]) for k, v in whole.items())
+
+
+def test_augmentation_equals_torchvision_sample_by_sample():
+    from torchvision.transforms.v2 import functional as V
+
+    images = (torch.rand(48, 3, 24, 24, generator=generator()) * 255).to(torch.uint8)
+    images[:16, 0] = 7  # flat channels: hues at the corners
+    torch.manual_seed(0)
+    drawn = torch.stack([data.draw_view(0.5, 0.5) for _ in images])
+    adjust = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
+    for x, numbers, mine in zip(images / 255, drawn, data.augment(images, drawn) / 255, strict=True):
+        for kind in list(itertools.permutations(range(4)))[int(numbers[data.ORDER])]:
+            x = adjust[kind](x, numbers[kind].item())
+        if numbers[data.GREY]:
+            x = V.rgb_to_grayscale(x, 3)
+        if numbers[data.SIGMA]:
+            x = V.gaussian_blur(x, [13, 13], [numbers[data.SIGMA].item()] * 2)
+        if numbers[data.SOLARIZE]:
+            x = V.solarize(x, 128 / 255)
+        if numbers[data.FLIP]:
+            x = V.horizontal_flip(x)
+        assert ((x - mine).abs() < 2e-3).double().mean() > 0.99  # but where solarizing tips at its threshold
+    neutral = torch.tensor([[1.0, 1, 1, 0, 0, 0, 0, 0, 0]] * 48)
+    torch.testing.assert_close(data.augment(images, neutral), images.float(), rtol=0, atol=1e-3)
+
+
+def test_views_follow_the_stated_distributions_and_differ_per_sample():
+    torch.manual_seed(0)
+    n = 4000
+    for view in data.MOCO_VIEWS:
+        x = torch.stack([data.draw_view(**view) for _ in range(n)])
+        jittered = x[:, data.BRIGHTNESS] != 1
+        blurred = x[:, data.SIGMA] > 0
+        for chosen, p in (
+            (jittered, 0.8), (x[:, data.GREY], 0.2), (x[:, data.FLIP], 0.5),
+            (blurred, view["blur"]), (x[:, data.SOLARIZE], view["solarize"]),
+        ):  # fmt: skip
+            assert abs(chosen.double().mean().item() - p) <= 4 * math.sqrt(p * (1 - p) / n)
+        for kind, centre, reach in zip(range(4), (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1), strict=True):
+            values = x[jittered, kind]
+            assert (values - centre).abs().max() <= reach + 1e-6
+            assert values.std() == pytest.approx(reach / math.sqrt(3), rel=0.05)
+        sigma = x[blurred, data.SIGMA]
+        assert 0.1 <= sigma.min() and sigma.max() <= 2 and sigma.mean() == pytest.approx(1.05, rel=0.08)
+        assert len(x[jittered, data.ORDER].unique()) == 24
+    dataset = data.Views(data.Shapes(8), 16, seed=1)
+    _, _, crops, drawn = data.collate([dataset[i] for i in (0, 0, 1)])
+    assert crops.shape == (3, 2, 3, 16, 16) and crops.dtype == torch.uint8 and drawn.shape == (3, 2, 9)
+    assert crops[0].equal(crops[1]) and drawn[0].equal(drawn[1])  # by (seed, epoch, id) alone
+    assert not drawn[0].equal(drawn[2]) and not drawn[0, 0].equal(drawn[0, 1])
+    assert not crops[0, 0].equal(crops[0, 1])
+    dataset.set_epoch(1)
+    assert not dataset[0][3].equal(drawn[0])
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -729,6 +895,316 @@ def test_zero_shot_and_retrieval_against_known_answers(tmp_path):
     assert result["i2t_r1"] == result["t2i_r1"] == 1.0 and result["n"] == 3
 
 
+# ---------------------------------------------------------------- eval.py, every protocol on small trees
+
+WNIDS = ["n01440764", "n01443537", "n01484850", "n02007558"]
+COLOURS = ["blue", "green", "red", "yellow"]
+
+
+def checkpoint_of(model, path):
+    text = "hashed words" if isinstance(model, clip_model.CLIP) else None
+    args = {"arch": model.arch, "image_size": model.image_size}
+    torch.save({"model": model.state_dict(), "args": args, "tokenizer": text}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One of CLIP and one of MoCo, with random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "clip": checkpoint_of(clip_model.create("vit_tiny", 16), folder / "clip.pt"),
+        "moco": checkpoint_of(moco.create("moco_vit_tiny", 16), folder / "moco.pt"),
+    }
+
+
+def tree(root, folders, n=3):
+    """Class folders of plainly coloured pictures, the k-th of the k-th colour."""
+    for name, colour in zip(folders, itertools.cycle(COLOURS)):
+        (root / name).mkdir(parents=True)
+        for k in range(n):
+            picture = Image.new("RGB", (20, 20), colour)
+            picture.paste((0, 0, 0), (k, 0, k + 3, 20))
+            picture.save(root / name / f"{k}.png")
+    return str(root)
+
+
+def cifar(root, name, monkeypatch):
+    """The files that torchvision reads, with four samples, and the MD5 sums it expects of them."""
+    kind = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
+    classes, labels = {"cifar10": (10, "labels"), "cifar100": (100, "fine_labels")}[name]
+    rng, folder = np.random.default_rng(0), root / kind.base_folder
+    folder.mkdir(parents=True)
+    pixels = rng.integers(0, 255, (4, 3072), dtype=np.uint8)
+    lists = {"train_list": ["data_batch_1"], "test_list": ["test_batch"]}
+    for attribute, names in lists.items():
+        entries = []
+        for k in names:
+            (folder / k).write_bytes(pickle.dumps({"data": pixels, labels: [0, 1, classes - 1, 1]}))
+            entries.append([k, hashlib.md5((folder / k).read_bytes()).hexdigest()])
+        monkeypatch.setattr(kind, attribute, entries)
+    key = "label_names" if name == "cifar10" else "fine_label_names"
+    (folder / "meta").write_bytes(pickle.dumps({key: [f"class {k}" for k in range(classes)]}))
+    meta = {"filename": "meta", "key": key, "md5": hashlib.md5((folder / "meta").read_bytes()).hexdigest()}
+    monkeypatch.setattr(kind, "meta", meta)
+    return str(root)
+
+
+def evaluated(capsys, *args):
+    """eval.py's last line of JSON."""
+    evaluation.main([*map(str, args), *(["--workers", "0"] if args[0] not in ("export", "coreset") else [])])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def eval_refuses(capsys, *args):
+    """The one line that eval.py says."""
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main(
+            [*map(str, args), *(["--workers", "0"] if args[0] not in ("export", "coreset") else [])]
+        )
+    said = capsys.readouterr().err
+    assert exit.value.code == 1 and said.count("\n") == 1 and said.startswith("eval.py: ")
+    return said
+
+
+@pytest.mark.parametrize("family", ["clip", "moco"])
+def test_classifiers_on_class_folders(family, checkpoints, tmp_path, capsys):
+    tree(tmp_path / "a" / "train", WNIDS, 8), tree(tmp_path / "a" / "val", WNIDS, 2)
+    common = ["--checkpoint", checkpoints[family], "--data", tmp_path / "a", "--val-data", tmp_path / "a"]
+    for protocol in ("knn", "linear"):
+        result = evaluated(capsys, protocol, *common)
+        assert result["n"] == 8 and result["top1"] == result["balanced"] == result["top5"] == 1.0
+    result = evaluated(capsys, "linear", *common, "--protocol", "sgd", "--epochs", "20", "--lr", "1")
+    assert result["n"] == 8 and result["top1"] > 0.5  # chance .25
+    numbers = tree(tmp_path / "v2", ["0", "1", "2", "3"], 2)
+    some = tree(tmp_path / "r", WNIDS[:2], 2)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(COLOURS))
+    more = ["--classnames", names] if family == "clip" else []
+    result = evaluated(
+        capsys, "finetune", *common, *more, "--epochs", "40", "--lr", "1e-3", "--batch-size", "16",
+        "--test-data", numbers, some, "--out", tmp_path / "tuned.pt",
+    )  # fmt: skip
+    assert result["top1"] >= 0.75 and result["test"][numbers]["n"] == 8 and result["test"][some]["n"] == 4
+    assert result["test"][numbers]["top1"] >= 0.75 and result["test"][some]["top1"] >= 0.75
+    tuned = torch.load(tmp_path / "tuned.pt", weights_only=True)
+    assert tuned["head.weight"].shape == (4, 96 if family == "moco" else 128)
+
+
+def test_class_folders_of_imagenet_v2_and_r(tmp_path):
+    def source(name, folders):
+        return data.open_source(tree(tmp_path / name, folders, 1))
+
+    wnids = sorted(WNIDS)
+    labels, ranked = evaluation.class_labels(source("v2", ["0", "1", "10", "2"]), [str(k) for k in range(11)])
+    assert labels.tolist() == [0, 1, 10, 2] and ranked is None  # ImageFolder sorts "10" before "2"
+    labels, _ = evaluation.class_labels(source("v2b", ["0", "3"]), wnids)
+    assert labels.tolist() == [0, 3]
+    labels, ranked = evaluation.class_labels(source("r", wnids[1:3]), wnids)
+    assert labels.tolist() == ranked.tolist() == [1, 2]
+    scores = torch.tensor([[9.0, 1, 0, 0], [9.0, 0, 1, 0]])
+    assert evaluation.accuracy(scores, labels, ranked)["top1"] == 1
+    assert evaluation.accuracy(scores, labels)["top1"] == 0
+    with pytest.raises(evaluation.EvalError, match="'zebra'"):
+        evaluation.class_labels(source("z", ["zebra"]), wnids)
+    imagenet = source("imagenet", [f"n{k:08}" for k in range(1000)])
+    names, folders = evaluation.zeroshot_classes(imagenet)
+    assert names[0] == "tench" and folders == imagenet.classes
+    names, folders = evaluation.zeroshot_classes(source("v2c", ["0", "999"]), "imagenet")
+    assert names[999] == "toilet tissue" and folders[999] == "999"
+    names, folders = evaluation.zeroshot_classes(
+        source("rr", ["n00000007", "n00000999"]), None, imagenet.classes
+    )
+    assert names[7] == "cock" and folders == imagenet.classes
+
+
+def test_balanced_accuracy_weighs_classes_alike():
+    labels = torch.tensor([0] * 9 + [1])
+    result = evaluation.accuracy(torch.eye(2)[torch.zeros(10, dtype=torch.long)], labels)
+    assert result == {"top1": 0.9, "top5": 1.0, "balanced": 0.5, "n": 10}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(name, checkpoints, tmp_path, capsys, monkeypatch):
+    root = cifar(tmp_path / "data", name, monkeypatch)
+    classes = 10 if name == "cifar10" else 100
+    source = data.open_source(f"{name}:{root}", train=False)
+    assert len(source.classes) == classes and source.labels.tolist() == [0, 1, classes - 1, 1]
+    assert source.image(0).size == (32, 32) and source.caption(2) == f"class {classes - 1}"
+    assert data.open_source(root).fingerprint() == source.fingerprint()  # the folder says which it is
+    assert evaluated(capsys, "zeroshot", "--checkpoint", checkpoints["clip"], "--data", root)["n"] == 4
+    assert evaluated(
+        capsys, "knn", "--checkpoint", checkpoints["moco"], "--data", f"{name}:{root}", "--val-data", root
+    )["n"] == 4  # fmt: skip
+    assert "no whole cifar10" in eval_refuses(
+        capsys, "zeroshot", "--checkpoint", checkpoints["clip"], "--data", f"cifar10:{tmp_path}"
+    )
+
+
+def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
+    numbers, some = tree(tmp_path / "v2", ["0", "10"], 1), tree(tmp_path / "r", WNIDS[:2], 1)
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    clip, moco_ = (["--checkpoint", checkpoints[k]] for k in ("clip", "moco"))
+    for args, message in (
+        (["zeroshot", *clip, "--data", numbers], "numbers"),
+        (["zeroshot", *clip, "--data", some], "--wnids"),
+        (
+            ["zeroshot", *clip, "--data", some, "--classnames", tmp_path / "three.txt"],
+            "3 names, for 2 classes",
+        ),
+        (["zeroshot", *clip, "--data", numbers, "--classnames", tmp_path / "three.txt"], "'10'"),
+        (["zeroshot", *moco_, "--data", some], "never learnt"),
+        (["retrieval", *moco_, "--data", some], "never learnt"),
+        (["knn", *moco_, "--data", some], "--val-data"),
+        (["knn", *moco_, "--data", some, "--val-data", numbers], "'10'"),
+        (["linear", *clip, "--data", some, "--val-data", tree(tmp_path / "x", ["cat"])], "'cat'"),
+        (["knn", *clip, "--data", tmp_path / "nowhere", "--val-data", some], "nowhere"),
+        (["knn", "--checkpoint", tmp_path / "no.pt", "--data", some, "--val-data", some], "No such file"),
+        (["export", *clip, "--out", tmp_path / "no" / "where.pt"], "--out"),
+    ):
+        assert message in eval_refuses(capsys, *args), args
+
+
+def test_export_writes_weights_that_come_back(checkpoints, tmp_path, capsys):
+    images = torch.randn(2, 3, 16, 16, generator=generator())
+    for family, arch in (("clip", "vit_tiny"), ("moco", "moco_vit_tiny")):
+        out = tmp_path / f"{family}.pt"
+        evaluated(capsys, "export", "--checkpoint", checkpoints[family], "--out", out)
+        names = torch.load(out, weights_only=True)
+        assert not any(k.startswith(("module.", "base_encoder.", "head.")) for k in names)
+        assert ("blocks.0.attn.qkv.weight" if family == "moco" else "visual.conv1.weight") in names
+        model, _ = evaluation.load_model(checkpoints[family])
+        again, _ = evaluation.load_model(out, arch, image_size=16, vocab="hashed")
+        assert evaluation.encoder(model)(images).equal(evaluation.encoder(again)(images))
+
+
+def test_several_captions_of_an_image(tmp_path):
+    solid = {"blue": (0, 0, 255), "green": (0, 128, 0), "red": (255, 0, 0)}
+    words, model = data.HashedWords(), Known()
+    model.colours = {
+        int(words(name)[1]): data.normalize(torch.tensor(rgb).view(1, 3, 1, 1), Known.mean_std).flatten()
+        for name, rgb in solid.items()
+    }
+    rows = ["filepath,title"]
+    for k, name in enumerate(solid):
+        (tmp_path / f"{k}.png").write_bytes(jpeg(name, form="PNG"))
+    rows += ["0.png,blue", "1.png,green", "0.png,red", "2.png,red", "1.png,green"]  # the third is wrong
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    source = data.open_source(str(tmp_path / "a.csv"))
+    result = evaluation.retrieval(model, words, source, torch.device("cpu"))
+    assert result["n"] == 3 and result["i2t_r1"] == 1.0
+    assert result["t2i_r1"] == pytest.approx(4 / 5) and result["t2i_r5"] == 1.0
+    members = [("0.png", jpeg("blue", form="PNG")), ("0.txt", b"blue\nblue sky\n")]
+    members += [("1.png", jpeg("red", form="PNG")), ("1.txt", b"red\ngreen")]
+    source = data.open_source(write_tar(tmp_path / "a.tar", members))
+    result = evaluation.retrieval(model, words, source, torch.device("cpu"), split_captions=True)
+    assert result["n"] == 2 and result["i2t_r1"] == 1.0 and result["t2i_r10"] == 1.0
+    assert (
+        evaluation.retrieval(model, words, source, torch.device("cpu"))["t2i_r1"] == 1.0
+    )  # first words alone
+
+
+def test_labels_from_json_and_tables(tmp_path):
+    members = []
+    for k, group in enumerate(["food", "animals", "food"]):
+        members += [
+            (f"{k}.jpg", jpeg()),
+            (f"{k}.json", json.dumps({"caption": "x", "group": group}).encode()),
+        ]
+    source = data.open_source(write_tar(tmp_path / "a.tar", members), label_key="group")
+    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0, 1]
+    with pytest.raises(data.DataError, match="no 'kind'"):
+        data.open_source(str(tmp_path / "a.tar"), label_key="kind")
+    (tmp_path / "a.csv").write_text("filepath,title,group\na.jpg,x,food\nb.jpg,y,animals\n")
+    source = data.open_source(str(tmp_path / "a.csv"), label_key="group")
+    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0]
+
+
+def test_pictures_alone_are_enough_for_moco(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for k in range(3):
+        (tmp_path / "flat" / f"{k}.jpg").write_bytes(jpeg())
+    assert len(data.open_source(str(tmp_path / "flat"), captions=False)) == 3
+    with pytest.raises(data.DataError, match="no class folders"):
+        data.open_source(str(tmp_path / "flat"))
+    tar = write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", jpeg())])
+    assert len(data.open_source(tar, captions=False)) == 2
+    with pytest.raises(data.DataError, match="no sample"):
+        data.open_source(tar)
+
+
+# ---------------------------------------------------------------- the paper's ablations, from flags alone
+
+
+def dropped(out, monkeypatch, *flags):
+    """-> candidates of each kind, and the log's epochs, of a short run with these flags."""
+    saved = {}
+    monkeypatch.setattr(train, "save", lambda out, checkpoint: saved.update(checkpoint))
+    train.main([
+        *"--arch vit_tiny --data shapes:80 --image-size 16 --batch-size 20 --epochs 7 --workers 0".split(),
+        *"--warmup-threshold 9 --eval-every 0 --val-data shapes:4".split(), "--out", str(out), *flags,
+    ])  # fmt: skip
+    marked = [int(saved["scan"][kind][:-1].sum()) for kind in ("redundant", "ill_matched")]
+    return *marked, [r for r in records(out) if r["event"] == "epoch"]
+
+
+@pytest.mark.parametrize(
+    "flags, redundant, ill_matched, shares",
+    [
+        ("--prune 0.1", 8, 8, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3", 24, 24, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.35", 28, 28, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.5", 40, 40, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3 --rho-ill 0", 24, 0, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3 --rho-red 0", 0, 24, [0, 0.25, 0.75, 1, 0]),
+        ("--rho-red 0.3 --rho-ill 0.1", 24, 8, [0, 0.25, 0.75, 1, 0]),
+        ("--rho-red 0.2 --rho-ill 0.2", 16, 16, [0, 0.25, 0.75, 1, 0]),
+        ("--rho-red 0.1 --rho-ill 0.3", 8, 24, [0, 0.25, 0.75, 1, 0]),
+        ("--prune 0.3 --t-cos 2", 24, 24, [0, 0.5, 1, 0, 0.5]),
+        ("--prune 0.3 --t-cos 4", 24, 24, [0, 0.1464, 0.5, 0.8536, 1]),
+        ("--prune 0.3 --warmup-rule printed", 0, 0, [0] * 5),
+        ("--prune 0", 0, 0, [0] * 5),
+    ],
+)
+def test_ablations_change_what_is_dropped(flags, redundant, ill_matched, shares, tmp_path, monkeypatch):
+    red, ill, log = dropped(tmp_path, monkeypatch, *flags.split())
+    assert (red, ill) == (redundant, ill_matched)
+    found = log[2]["candidates"]  # a sample may be lowest in one direction and highest in the other
+    assert 0.8 * (red + ill) <= found <= red + ill
+    rounds = (
+        [log[2]["candidates"]] * 5 if "--t-cos 2" not in flags else [found] * 3 + [log[5]["candidates"]] * 2
+    )
+    kept = [80, 80] + [80 - int(share * d) for share, d in zip(shares, rounds, strict=True)]
+    assert [r["kept"] for r in log] == kept
+    assert [r["samples"] for r in log] == [k // 20 * 20 for k in kept]  # at 0.5, one epoch trains on nothing
+
+
+def test_static_coreset_from_runs(tmp_path, capsys, monkeypatch):
+    runs = []
+    for seed in range(4):
+        scan, size = Scan(80 + 10 * (seed == 3), seed=seed), 80 + 10 * (seed == 3)
+        for epoch in range(7):
+            observe_epoch(scan, epoch, 1 + torch.rand(size, generator=generator(seed)))
+        runs.append(tmp_path / f"run{seed}")
+        runs[-1].mkdir()
+        torch.save({"scan": scan.state_dict(), "data": {"size": size, "hash": "x"}}, runs[-1] / "last.pt")
+    kept = tmp_path / "kept.npy"
+    result = evaluated(capsys, "coreset", *runs[:3], "--prune", "0.3", "--out", kept)
+    ids = np.load(kept)
+    assert result["kept"] == len(ids) == 80 - 24 and (np.diff(ids) > 0).all()
+    assert len(result["overlap"]) == 4 and len(result["overlap"][-1]["runs"]) == 3
+    pair = result["overlap"][0]
+    assert pair["kept_chance"] == pytest.approx(0.5385, abs=1e-3)
+    assert pair["pruned_chance"] == pytest.approx(0.1765, abs=1e-3)
+    a, b = (pruned_set(torch.load(run / "last.pt", weights_only=True)["scan"], 0.3) for run in runs[:2])
+    assert pair["pruned"] == pytest.approx(((a & b).sum() / (a | b).sum()).item(), abs=1e-3)
+    assert pair["kept"] == pytest.approx(((~a & ~b).sum() / (~a | ~b).sum()).item(), abs=1e-3)
+    assert "other data" in eval_refuses(capsys, "coreset", *runs, "--prune", "0.3", "--out", kept)
+    *_, log = dropped(tmp_path / "on_kept", monkeypatch, "--prune", "0", "--keep", str(kept))
+    assert [r["kept"] for r in log] == [56] * 7
+
+
 # ---------------------------------------------------------------- train.py as its user runs it
 
 
@@ -835,29 +1311,71 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         assert [r["epoch"] for r in records(tmp_path) if r["event"] == "epoch"] == [0, 1, 2, 3]
 
 
+ANY, SHARE = None, "-0.1 1.1 nan x"
+NATURAL, COUNT = "0 -1 1.5 99999999999999999999 x", "-1 1.5 99999999999999999999 x"
+FINITE = "-1 nan inf x"
+BAD_VALUES = {  # every flag of train.py; ANY: what is wrong with it shows when it is opened
+    "--arch": "what", "--data": ANY, "--val-data": ANY, "--img-key": ANY, "--caption-key": ANY,
+    "--label-key": ANY, "--mismatch": SHARE, "--prune": SHARE + " 0.6", "--rho-red": SHARE + " 0.8",
+    "--rho-ill": SHARE + " 0.8", "--t-cos": NATURAL, "--warmup-threshold": "nan inf x",
+    "--warmup-rule": "what", "--keep": ANY, "--epochs": NATURAL, "--batch-size": NATURAL + " 1",
+    "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99",
+    "--image-size": NATURAL + " 33",
+    "--precision": "fp16", "--compile": "maybe", "--device": "tpu",
+    "--crop-min": SHARE + " 0", "--workers": COUNT,
+    "--eval-every": COUNT,
+    "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT, "--vocab": ANY, "--out": ANY,
+}  # fmt: skip
+BAD_SETS = [
+    "--rho-red 0.6 --rho-ill 0.5", "--arch rn50 --accum 2", "--arch swin_b --accum 2",
+    "--arch moco_vit_tiny --accum 2", "--arch moco_vit_tiny --mismatch 0.1",
+    "--arch moco_vit_tiny --vocab v.gz", "--no-such-flag 3", "stray", "--epochs",
+]  # fmt: skip
+
+
+def test_bad_arguments_exit_2_in_one_line(capsys, monkeypatch):
+    common = ["--arch", "vit_tiny", "--data", "shapes:128", "--image-size", "32", "--batch-size", "32"]
+    sets = [f"{flag} {value}" for flag, values in BAD_VALUES.items() for value in (values or "").split()]
+    for flags in sets + BAD_SETS:
+        with pytest.raises(SystemExit) as stop:
+            train.parse_args([*common, *flags.split()])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1, flags
+        assert any(word in said for word in flags.split() if not word[-1].isdigit()), (
+            said
+        )  # it names the flag
+    known = set()
+    monkeypatch.setattr(
+        train.Parser,
+        "parse_args",
+        lambda self, argv: known.update(self._option_string_actions) or sys.exit(0),
+    )
+    with pytest.raises(SystemExit):
+        train.parse_args([])
+    assert known == set(BAD_VALUES) | {"-h", "--help"}
+
+
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags",
     [
-        ("--prune 0.6", "more than 1"),
-        ("--prune -1", "--prune"),
-        ("--rho-red 0.8", "more than 1"),
-        ("--batch-size 1", "--batch-size"),
-        ("--batch-size 30 --accum 4", "divisible"),
-        ("--image-size 33", "multiple"),
-        ("--epochs 0", "--epochs"),
-        ("--t-cos 0", "--t-cos"),
-        ("--lr nan", "--lr"),
-        ("--warmup 99", "--warmup"),
-        ("--mismatch 2", "--mismatch"),
-        ("--arch rn50 --accum 2", "--accum"),
-        ("--arch what", "--arch"),
-        ("--workers -1", "--workers"),
+        "", "what", "zeroshot", "knn --checkpoint x --k 0", "knn --checkpoint x --batch-size 0",
+        "export --checkpoint x",
+        "linear --checkpoint x --lr nan", "finetune --checkpoint x --epochs 0", "coreset a --prune 0.3",
+        "finetune --checkpoint x --wd -1", "coreset a --prune 2 --out x", "retrieval --checkpoint x",
+        "linear --checkpoint x --seed -1", "knn --checkpoint x --workers -1",
+        "zeroshot --checkpoint x --nope",
     ],
-)
-def test_bad_arguments_exit_2_in_one_line(flags, message, capsys):
+)  # fmt: skip
+def test_bad_arguments_of_eval_exit_2_in_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse_args(["--arch", "vit_tiny", "--data", "shapes:128", "--image-size", "32", *flags.split()])
-    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+        evaluation.parse_args(flags.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@slow
+def test_under_torchrun_rank_0_alone_says_it(tmp_path):
+    said = run(*SMALL, "--prune", "2", torchrun=2, check=1).stderr
+    assert len([line for line in said.splitlines() if "--prune" in line and "must be" in line]) == 1
 
 
 @pytest.mark.parametrize(
@@ -877,6 +1395,155 @@ def test_bad_input_exits_1_in_one_line(flags, message, capsys, tmp_path):
         train.main([*SMALL[1:], "--device", "cpu", "--out", str(tmp_path / "out"), *flags.split()])
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.count("\n") == 1 and message in said
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+# Run as `python -c DIES moment train.py's arguments`: train.py, killed for good at that moment.
+DIES = """
+import os, signal, sys
+import torch, scan, train
+moment = sys.argv.pop(1)
+marker = os.environ.get("DIE_ONCE")
+def die(*_, **__):
+    if marker:
+        open(marker, "x").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+if marker and (os.path.exists(marker) or os.environ["RANK"] != "1"):
+    moment = ""
+observe, save, replace, add = scan.Scan.observe, torch.save, os.replace, train.Log.add
+def dying_observe(self, *args):
+    observe(self, *args)
+    if moment == f"{self.stage} {self.step}":
+        die()
+def dying_save(checkpoint, file):
+    if moment == "writing":
+        file.write(b"half a checkpoint"), file.flush(), die()
+    save(checkpoint, file)
+def dying_replace(a, b):
+    if moment == "renaming" and b.endswith("last.pt"):
+        die()
+    replace(a, b)
+def dying_add(self, record):
+    if moment == "logging" and record["event"] == "eval":
+        with open(self.path, "a") as file:
+            file.write('{"event": "ev'), file.flush(), die()
+    add(self, record)
+scan.Scan.observe, torch.save, os.replace, train.Log.add = dying_observe, dying_save, dying_replace, dying_add
+if moment == "evaluating":
+    train.evaluate = die
+train.main(sys.argv[1:])
+"""
+BRIEF = "--image-size 16 --batch-size 24 --data shapes:96 --val-data shapes:16 --warmup-threshold 9".split()
+BRIEF += "--epochs 6 --workers 0 --eval-every 1".split()
+
+
+def same_run(a, b):
+    """Two run folders hold the same weights, optimizer, candidates, counts and log, bit for bit."""
+    one, other = (torch.load(out / "last.pt", weights_only=True) for out in (a, b))
+
+    def equal(x, y):
+        if torch.is_tensor(x):
+            return x.equal(y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
+        if isinstance(x, list):
+            return len(x) == len(y) and all(map(equal, x, y))
+        return x == y
+
+    return all(equal(one[k], other[k]) for k in ("model", "optimizer", "scan")) and (
+        without_times(a) == without_times(b)
+    )
+
+
+@slow
+@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny"])
+def test_killed_at_every_kind_of_moment_and_resumed(arch, tmp_path):
+    flags = ["--arch", arch, *BRIEF, "--save-every", "2", "--out"]
+    run("train.py", *flags, str(tmp_path / "whole"))
+    moments = ["warm-up 3", "writing", "evaluating", "renaming", "logging", "preparation 3", "mutation 3"]
+    for moment in moments if arch == "moco_vit_tiny" else moments[3:]:
+        run("-c", DIES, moment, *flags, str(tmp_path / "cut"), check=-signal.SIGKILL)
+    run("train.py", *flags, str(tmp_path / "cut"))
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_torchrun_restarts_a_run_whose_rank_died(ranks, tmp_path):
+    """Three ranks and more are exact because their gradients are summed in the order of the ranks."""
+    (tmp_path / "dies.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + DIES)
+    flags = ["--arch", "moco_vit_tiny", *BRIEF, "--save-every", "1", "--out"]
+    run("train.py", *flags, str(tmp_path / "whole"), torchrun=ranks)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--max-restarts", "1"]
+    dying = [str(tmp_path / "dies.py"), "mutation 2", *flags, str(tmp_path / "cut")]
+    run(*launcher, "--master_port", str(free_port()), *dying, DIE_ONCE=str(tmp_path / "died"))
+    assert (tmp_path / "died").exists() and same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@slow
+def test_resumes_with_another_number_of_ranks(tmp_path):
+    flags = ["--arch", "moco_vit_tiny", *BRIEF, "--save-every", "1", "--out"]
+    run("train.py", *flags, str(tmp_path / "whole"))
+    run("-c", DIES, "mutation 2", *flags, str(tmp_path / "cut"), check=-signal.SIGKILL)
+    run("train.py", *flags, str(tmp_path / "cut"), torchrun=2)
+    one, other = (torch.load(tmp_path / n / "last.pt", weights_only=True)["scan"] for n in ("whole", "cut"))
+    assert one["counts"].equal(other["counts"]) and one["loss"] == pytest.approx(other["loss"], abs=1e-3)
+
+
+def test_a_resume_over_something_else_is_refused_and_named(tmp_path, capsys):
+    np.save(tmp_path / "keep.npy", np.arange(90))
+    flags = ["--arch", "vit_tiny", *BRIEF, "--epochs", "1", "--keep", str(tmp_path / "keep.npy")]
+    flags += ["--out", str(tmp_path / "out")]
+    train.main(flags)
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    for other, message in (
+        (["--seed", "1"], "--seed 0, this one has 1"), (["--t-cos", "2"], "--t-cos"), (["--lr", "1"], "--lr"),
+        (["--data", "shapes:97"], "other data (96 samples"), (["--mismatch", "0.2"], "--mismatch"),
+        (["--arch", "vit_s32", "--image-size", "32"], "--arch"), (["--prune", "0.2"], "--prune"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            train.main([*flags, *other])
+        assert stop.value.code == 1 and message in capsys.readouterr().err
+    np.save(tmp_path / "keep.npy", np.arange(1, 91))
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert "other ids" in capsys.readouterr().err
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+
+
+def test_a_full_disk_is_said_and_leaves_the_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    train.save(tmp_path, {"x": torch.ones(3)})
+    log = train.Log(tmp_path, 0, write=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(train.TrainError, match="cannot be written"):
+            train.save(tmp_path, {"x": torch.ones(100_000)})
+        with pytest.raises(train.TrainError, match="cannot be written"):
+            log.add({"event": "x" * 10_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "new.pt").exists()
+    assert train.load(tmp_path, print)["x"].equal(torch.ones(3))
+
+
+def disagree(rank, world):
+    said = []
+    for values in (torch.arange(5), torch.arange(5) + rank):
+        try:
+            train.check_ranks_agree("kept samples", values, torch.device("cpu"))
+            said.append("")
+        except train.TrainError as error:
+            said.append(str(error))
+    return said
+
+
+@slow
+def test_ranks_that_disagree_stop(tmp_path):
+    for same, different in run_ranks(disagree, 2, tmp_path / "ranks"):
+        assert same == "" and "disagree on the kept samples" in different
 
 
 @slow
@@ -909,210 +1576,260 @@ def test_learning_rate_never_bends():
     assert max(abs(np.diff(rates[20:]))) < 0.03
 
 
-# ---------------------------------------------------------------- nothing is lost: arguments, resume, faults
-
-SHARE, COUNT, NUMBER = "-0.1 1.1 nan inf -inf x", "-1 0 0.5 nan x", "-1 nan inf -inf x"
-SEED, WORKERS, SIZE = f"-1 0.5 x {2**63}", "-1 0.5 x 1025", f"{COUNT} 33 4112"
-# every flag with values that are refused, each alone; an empty string: any text is a name, to be opened later
-REFUSED = {
-    "arch": "what VIT_TINY", "data": "", "val_data": "", "img_key": "", "caption_key": "", "label_key": "",
-    "mismatch": SHARE, "prune": f"{SHARE} 1 0.51", "rho_red": f"{SHARE} 0.71", "rho_ill": f"{SHARE} 0.71",
-    "t_cos": COUNT, "warmup_threshold": "nan inf -inf x", "warmup_rule": "what", "keep": "",
-    "epochs": f"{COUNT} {10**6 + 1}", "batch_size": f"{COUNT} 1", "accum": f"{COUNT} 3 65", "lr": NUMBER,
-    "wd": NUMBER, "warmup": f"{NUMBER} 60.5", "image_size": SIZE, "precision": "fp16", "compile": "yes",
-    "device": "tpu", "workers": WORKERS, "eval_every": "-1 0.5 x", "save_every": "-1 0.5 x", "max_bad": SHARE,
-    "seed": SEED, "vocab": "", "out": "",
-}  # fmt: skip
-CONTRADICTIONS = {
-    "--rho-red 0.6 --rho-ill 0.6": "more than 1",
-    "--epochs 2 --warmup 3": "--warmup",
-    "--batch-size 30 --accum 4": "divisible",
-    "--arch rn50 --accum 2": "--accum",
-    "--arch swin_b --accum 2": "--accum",
-    "--arch moco_vit_tiny --accum 2": "--accum",
-    "--arch moco_vit_tiny --mismatch 0.1": "--mismatch",
-    "--arch moco_vit_tiny --vocab x": "--vocab",
-    "--arch vit_b32 --image-size 48": "multiple of 32",
-    "--unknown 1": "--unknown",
-    "leftover": "leftover",
-    "--epochs": "--epochs",
-}
-EVAL_REFUSED = {
-    "image_size": f"{COUNT} 4097", "arch": "what", "batch_size": COUNT, "workers": WORKERS, "device": "tpu",
-    "k": COUNT, "epochs": COUNT, "lr": NUMBER, "wd": NUMBER, "seed": SEED, "protocol": "what",
-    "prune": SHARE,
-} | dict.fromkeys("""command runs checkpoint quick_gelu vocab data img_key caption_key label_key download
-    val_data classnames templates wnids split_captions test_data out""".split(), "")  # fmt: skip
-EVAL_NEEDS = {
-    "coreset": "runs --prune 0.3 --out x",
-    "retrieval": "--checkpoint x --data x",
-    "export": "--checkpoint x --out x",
-}
+# ---------------------------------------------------------------- bad data
 
 
-def refusal(parse_args, command, capsys):
-    """The one line on stderr with which arguments are refused, with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        parse_args(command.split())
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and said.endswith("\n"), (command, said)
-    return said
+def png(colour, size=(8, 8)):
+    return jpeg(colour, size, form="PNG")
 
 
-def test_every_flag_of_train_refuses_what_is_out_of_range(capsys, monkeypatch):
-    fixed = "--arch vit_tiny --data shapes --batch-size 64 --epochs 60 --prune 0.3 "
-    assert vars(train.parse_args(fixed.split())).keys() == REFUSED.keys(), "a flag needs a row here"
-    for name, values in REFUSED.items():
-        flag = "--" + name.replace("_", "-")
-        for value in values.split():
-            said = refusal(train.parse_args, f"{fixed} {flag}={value}", capsys)
-            assert flag in said or "more than 1" in said or "divisible" in said, (flag, value, said)
-    for command, word in CONTRADICTIONS.items():
-        assert word in refusal(train.parse_args, fixed + command, capsys)
-    assert train.parse_args(["--data", "shapes-of-mine"]).val_data is None  # a folder, not the built-in data
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 rank(s)" in refusal(train.parse_args, fixed, capsys)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    with pytest.raises(SystemExit, match="2"):
-        train.parse_args(["--epochs", "0"])
-    assert capsys.readouterr().err == "", "rank 0 speaks for all"
+def header(name, size, **fields):
+    """One tar header, as a broken or hostile writer might leave it."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_bad_tars_are_refused_in_one_line(tmp_path):
+    good = Path(write_tar(tmp_path / "good.tar", [("a.png", png("red")), ("a.txt", b"red")])).read_bytes()
+    negative = bytearray(header("b.png", 100))
+    negative[124:136] = b"\xff" * 11 + b"\x00"  # a negative size, in base 256
+    negative[148:156] = b"%06o\0 " % (256 + sum(negative[:148]) + sum(negative[156:]))
+    for name, content, message in (
+        ("gzipped", gzip.compress(good), "not a whole tar"),
+        ("empty file", b"", "not a whole tar"),
+        ("zeros", bytes(10240), "no sample"),
+        ("text", b"hello" * 500, "not a whole tar"),
+        ("huge size", header("b.png", 1 << 40) + bytes(2048), "not a whole tar"),
+        ("negative size", bytes(negative) + bytes(2048), "not a whole tar"),
+        ("no end", good[:2048], "not a whole tar"),
+        ("cut in a header", good[:2048] + good[:300], "not a whole tar"),
+        ("damaged header", good[:1024] + b"x" + good[1025:], "not a whole tar"),
+        ("two joined", good + bytes(1 << 20) + good, "not a whole tar"),
+        ("captions alone", good[1024:], "no sample"),
+    ):
+        (tmp_path / "bad.tar").write_bytes(content)
+        with pytest.raises(data.DataError, match=message) as error:
+            data.open_source(str(tmp_path / "bad.tar"))
+        assert "\n" not in str(error.value) and "bad.tar" in str(error.value), name
+    os.mkfifo(tmp_path / "pipe.tar"), os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("pipe.tar", "pipe.csv"):
+        with pytest.raises(data.DataError, match="not a regular file"):
+            data.open_source(str(tmp_path / name))
+
+
+def test_hostile_members_are_passed_over(tmp_path):
+    red = png("red")
+    parts = [header("../../up.png", len(red)), red, bytes(-len(red) % 512)]
+    parts += [header("../../up.txt", 3), b"red", bytes(509)]
+    for kind, name in ((tarfile.SYMTYPE, "b.png"), (tarfile.LNKTYPE, "c.png"), (tarfile.DIRTYPE, "d.png")):
+        parts += [header(name, 0, type=kind, linkname="/etc/passwd")]
+    parts += [header("E.PNG", len(red)), red, bytes(-len(red) % 512), header("E.txt", 1), b"x", bytes(511)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(1024))
+    source = data.open_source(str(tmp_path / "a.tar"))
+    assert [source.caption(i) for i in range(len(source))] == ["red", "x"]  # read in place, never extracted
+    assert {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
+
+
+def test_bad_samples_are_replaced_and_counted(tmp_path):
+    bomb = bytearray(png("red"))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    deep = b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    pictures = [
+        b"",
+        b"words",
+        bytes(bomb),
+        jpeg(size=(64, 64))[:-200],
+        png("red")[:-30],
+        b"GIF89a" + bytes(20),
+    ]
+    texts = [(".txt", b""), (".txt", b" \n\t"), (".json", b"[1, 2]"), (".json", b'{"caption": null}')]
+    texts += [(".json", b'{"text": "x"}'), (".json", b"{"), (".json", deep), (".json", b"\xff\xfe")]
+    samples = [(picture, (".txt", b"x")) for picture in pictures] + [(png("red"), text) for text in texts]
+    members, n = [], len(samples)
+    for i, (picture, (kind, text)) in enumerate([*samples, (png("blue"), (".txt", b"good"))]):
+        members += [(f"{i}.png", picture), (f"{i}{kind}", text)]
+    pairs = data.Pairs(data.open_source(write_tar(tmp_path / "a.tar", members)), data.HashedWords(), 16)
+    assert [pairs[i][:2] for i in range(n + 1)] == [(n, i) for i in range(n)] + [(n, -1)]
+    rows = "\n".join(f"{name},x" for name in ("folder", "pipe", "missing.png", "/dev/zero", "good.png"))
+    (tmp_path / "a.csv").write_text("filepath,title\n" + rows)
+    (tmp_path / "folder").mkdir(), os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "good.png").write_bytes(png("blue"))
+    pairs = data.Pairs(data.open_source(str(tmp_path / "a.csv")), data.HashedWords(), 16)
+    assert [pairs[i][:2] for i in range(5)] == [(4, 0), (4, 1), (4, 2), (4, 3), (4, -1)]
 
 
 @pytest.mark.parametrize(
-    "command", ["zeroshot", "retrieval", "knn", "linear", "finetune", "export", "coreset"]
+    "text", [b"x" * 10_000_000, b"\xff\xfe\x00 caf\xe9", b"nul \0 within", "\u202e".encode()]
 )
-def test_every_flag_of_eval_refuses_what_is_out_of_range(command, capsys):
-    fixed = f"{command} {EVAL_NEEDS.get(command, '--checkpoint x')}"
-    flags = vars(evaluation.parse_args(fixed.split())).keys()
-    assert flags <= EVAL_REFUSED.keys(), "a flag needs a row here"
-    for name in flags:
-        flag = "--" + name.replace("_", "-")
-        for value in EVAL_REFUSED[name].split():
-            assert flag in refusal(evaluation.parse_args, f"{fixed} {flag}={value}", capsys)
-    assert "--unknown" in refusal(evaluation.parse_args, f"{fixed} --unknown", capsys)
-    assert "command" in refusal(evaluation.parse_args, "", capsys)
+def test_odd_captions_give_tokens(text, tmp_path):
+    source = data.open_source(write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", text)]))
+    used, failed, _, tokens = data.Pairs(source, data.HashedWords(), 16)[0]
+    assert (used, failed) == (0, -1) and 3 <= len(tokens) <= 77
 
 
-class Killed(BaseException):
-    """No handler of train.py catches it: the files stay as SIGKILL leaves them."""
+def test_bad_samples_are_logged_and_too_many_end_the_run(tmp_path, capsys):
+    members = []
+    for i in range(40):
+        members += [(f"{i}.png", png((i, 99, 0)) if i != 7 else b"no"), (f"{i}.txt", b"word%d" % i)]
+    flags = [
+        "--arch",
+        "vit_tiny",
+        "--data",
+        write_tar(tmp_path / "a.tar", members),
+        *BRIEF[:4],
+        "--epochs",
+        "1",
+    ]
+    flags += ["--workers", "0", "--batch-size", "10", "--prune", "0.1", "--out", str(tmp_path / "out")]
+    flags.remove("24"), flags.remove("--batch-size")
+    train.main([*flags, "--max-bad", "0.03"])
+    bad = records(tmp_path / "out")[0]["bad"]
+    assert len(bad) == 1 and "a.tar, image at byte" in bad[0]
+    with pytest.raises(SystemExit):
+        train.main([*flags[:-1], str(tmp_path / "other"), "--max-bad", "0.02"])
+    assert "1 samples can't be read, more than --max-bad 0.02" in capsys.readouterr().err
 
 
-TINY = (
-    "--data shapes:72 --val-data shapes:20 --batch-size 16 --epochs 9 --device cpu --workers 0 --eval-every 2"
-)
-TINY += " --warmup-threshold 9 --image-size "
+# ---------------------------------------------------------------- fuzz
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """-> run(arch, out, flags): train.main in this process, with models that take milliseconds a step."""
-    return make_small(monkeypatch.setitem)
+def mutate(content, rng):
+    """A few bytes flipped, or a stretch cut, zeroed, doubled or moved."""
+    content, n = bytearray(content), len(content)
+    a, b = sorted(rng.integers(0, n + 1, 2))
+    b = min(b, a + int(rng.choice([1, 16, 512, 4096])))
+    kind = rng.integers(6)
+    if kind == 0:
+        for at in rng.integers(0, n, rng.integers(1, 4)):
+            content[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        content = content[:a]
+    elif kind == 2:
+        content[a:b] = bytes(b - a)
+    elif kind == 3:
+        content[a:a] = content[a:b]
+    elif kind == 4:
+        del content[a:b]
+    else:
+        at = int(rng.integers(0, n - (b - a) + 1))
+        content[at : at + b - a] = content[a:b]
+    return bytes(content)
 
 
-def make_small(setitem=dict.__setitem__):
-    tiny = {"vit_tiny": dict(width=64, layers=1, patch=16), "rn50": dict(width=16, layers=(1, 1, 1, 1))}
-    for arch, vision in tiny.items():
-        setitem(clip_model.ARCHS, arch, dict(embed_dim=32, vision=vision, text=(64, 1)))
-    sizes = dict(width=64, layers=1, heads=1, patch=16, hidden=32, dim=16)
-    setitem(train.moco.ARCHS, "moco_vit_tiny", sizes)
-
-    def run(arch, out, flags=""):
-        out.parent.mkdir(exist_ok=True)
-        vocab = out.parent / "vocab.gz"  # instead of 49408 hashed words
-        if not vocab.exists():
-            vocab.write_bytes(gzip.compress(b"version\na </w>\n", mtime=0))
-        text = "" if arch.startswith("moco") else f"--vocab {vocab}"
-        size = 32 if arch == "rn50" else 16
-        train.main(f"--arch {arch} {TINY} {size} {text} --out {out} {flags}".split())
-
-    return run
+FUZZ = int(os.environ.get("SCAN_FUZZ", 1))  # how many times the usual number of mutations
 
 
-def at_call(number, when, action, function):
-    """`function`, but around its call number `number` there is `action`: when is "before" or "after" it."""
-    calls = []
-
-    def wrapped(*args, **options):
-        calls.append(0)
-        if len(calls) == number and when == "before":
-            action()
-        result = function(*args, **options)
-        if len(calls) == number and when == "after":
-            action()
-        return result
-
-    return wrapped
+def plainly(path):
+    """(image, caption) bytes of a tar's samples, as tarfile itself reads them from the start to the end."""
+    samples, last = [], None
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            stem, _, kind = member.name.rpartition(".")
+            if not member.isreg() or kind not in ("png", "txt"):
+                continue
+            if stem != last or kind in samples[-1]:
+                samples.append({})
+            samples[-1][kind], last = tar.extractfile(member).read(), stem
+    return [(s["png"], s["txt"]) for s in samples if len(s) == 2]
 
 
-def die():
-    raise Killed
+def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path):
+    members = []
+    for k in range(5):
+        members += [(f"{k}.png", png((40 * k, 9, 99))), (f"{k}.txt", b"caption number %d" % k)]
+    path = tmp_path / "a.tar"
+    original = Path(write_tar(path, members)).read_bytes()[: 512 * 22]
+    read = refused = replaced = 0
+    for seed in range(2000 * FUZZ):
+        path.write_bytes(mutate(original, np.random.default_rng(seed)))
+        try:
+            source = data.open_source(str(path))
+        except data.DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        expected = plainly(path)
+        assert [(source._read(i, 0), source._read(i, 1)) for i in range(len(source))] == expected, seed
+        pairs = data.Pairs(source, data.HashedWords(), 8)
+        for i in range(len(source)):
+            used, failed, image, _ = pairs[i]
+            assert image.shape == (3, 8, 8) and failed in (-1, i) and (failed == i) == (used != i)
+            replaced += failed == i
+        read += 1
+        [os.close(file) for file in source._files.values()]
+    assert min(read, refused, replaced) > 10 * FUZZ
 
 
-def assert_same_run(one, other, epochs=9):
-    """Checkpoints and logs of two runs agree bit for bit, but for their times."""
-    log = without_times(one)
-    assert [r["epoch"] for r in log if r["event"] == "epoch"] == list(range(epochs))
-    assert log == without_times(other)
-    one, other = (torch.load(out / "last.pt", weights_only=True) for out in (one, other))
-    for part in ("model", "scan"):
-        for name, value in one[part].items():
-            same = value.equal(other[part][name]) if torch.is_tensor(value) else value == other[part][name]
-            assert same, f"{part} {name}"
-    for i, state in one["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert value.equal(other["optimizer"]["state"][i][name]), f"optimizer {i} {name}"
+def test_fuzzed_tables_give_their_rows_or_are_refused(tmp_path):
+    rows = [f'images/{k}.png,"a caption, the {k}th"' for k in range(8)]
+    original = "\r\n".join(["filepath,title", *rows]).encode()
+    path, read, refused = tmp_path / "a.csv", 0, 0
+    for seed in range(1500 * FUZZ):
+        path.write_bytes(mutate(original, np.random.default_rng(seed)))
+        try:
+            source = data.open_source(str(path))
+        except data.DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            expected = [(row["filepath"], row["title"]) for row in csv.DictReader(file)]
+        assert [(source.images[i], source.caption(i)) for i in range(len(source))] == expected, seed
+        read += 1
+    assert min(read, refused) > 10 * FUZZ
 
 
-# where one start of a run after the other dies: in which function, at which of its calls, before or after it
-MOMENTS = """save 1 before, save 1 after, forward_backward 5 before, add 1 before, add 1 after,
-evaluate 1 before, evaluate 1 after, fsync 1 before, end_epoch 1 before, end_epoch 1 after,
-begin_epoch 2 after, forward_backward 4 after, begin_epoch 2 after, replace 2 after, add 2 after,
-replace 3 before, replace 3 after, forward_backward 7 after, evaluate 1 after, evaluate 1 before,
-forward_backward 2 before, replace 4 after, evaluate 1 after, print_table 1 before"""
-OWNER = {"fsync": os, "replace": os, "add": train.Log, "begin_epoch": Scan, "end_epoch": Scan}
+def test_fuzzed_checkpoints_are_whole_or_fall_back(tmp_path):
+    def state(k):
+        return {
+            "model": {"w": torch.full((64,), float(k))},
+            "scan": {"epoch": k},
+            "args": {"arch": "vit_tiny"},
+        }
+
+    train.save(tmp_path, state(1)), train.save(tmp_path, state(2))
+    original = (tmp_path / "last.pt").read_bytes()
+    outcomes = {1: 0, 2: 0}
+    for seed in range(1500 * FUZZ):
+        (tmp_path / "last.pt").write_bytes(mutate(original, np.random.default_rng(seed)))
+        said = []
+        loaded = train.load(tmp_path, said.append)
+        k = loaded["scan"]["epoch"]
+        assert loaded["model"]["w"].equal(state(k)["model"]["w"]) and loaded["args"] == state(k)["args"], seed
+        assert (k == 1) == bool(said)
+        outcomes[k] += 1
+    assert min(outcomes.values()) > 10 * FUZZ
 
 
-@pytest.mark.parametrize("save_every", [1, 3])
-@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny", "rn50"])
-def test_killed_at_any_moment_the_run_goes_on_exactly(small, tmp_path, monkeypatch, arch, save_every):
-    """In all stages, around the epoch's end, in evaluations, and while a checkpoint or the log is written."""
-    whole, cut, stages = tmp_path / "whole", tmp_path / "cut", set()
-    small(arch, whole)
-    for moment in MOMENTS.replace("\n", " ").split(", "):
-        name, number, when = moment.split()
-        owner = OWNER.get(name, train)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(owner, name, at_call(int(number), when, die, getattr(owner, name)))
-            small(arch, cut, f"--save-every {save_every}")
-        checkpoint = train.load(cut, print)
-        stages |= {(checkpoint["scan"]["stage"], checkpoint["step"] > 0)} if checkpoint else set()
-    assert stages >= {(s, m) for s in ("warm-up", "preparation", "mutation") for m in (True, False)}, stages
-    small(arch, cut)
-    assert_same_run(whole, cut)
+class Payload:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
-def rank_runs_and_dies(rank, world, port, folder):
-    """Both models on `world` ranks: a run, and one that dies in mid-epoch and in an evaluation."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    run, batch = make_small(), "--batch-size 12 --save-every 2 --epochs 6"
-    for arch in ("vit_tiny", "moco_vit_tiny", "rn50"):
-        run(arch, folder / arch / "whole", batch)
-        for name, number in (("forward_backward", 16), ("evaluate", 1)):
-            function = getattr(train, name)
-            setattr(train, name, at_call(number, "after", die, function))
-            with pytest.raises(Killed):
-                run(arch, folder / arch / "cut", batch)
-            setattr(train, name, function)
-        run(arch, folder / arch / "cut", batch)
-
-
-@slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_go_on_exactly(tmp_path, world):
-    """From three ranks on the order of gloo's sums counts: see average_in_rank_order."""
-    mp.start_processes(rank_runs_and_dies, (world, free_port(), tmp_path), world, start_method="spawn")
-    for arch in ("vit_tiny", "moco_vit_tiny", "rn50"):
-        assert_same_run(tmp_path / arch / "whole", tmp_path / arch / "cut", epochs=6)
+def test_no_pickle_is_ever_executed(tmp_path):
+    out, mark = tmp_path / "out", tmp_path / "executed"
+    out.mkdir()
+    torch.save({"model": Payload(str(mark))}, out / "last.pt")
+    with pytest.raises(train.TrainError, match="damaged"):
+        train.load(out, print)
+    with pytest.raises(evaluation.EvalError, match="weights_only"):
+        evaluation.load_model(str(out / "last.pt"))
+    tar = write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", b"red")])
+    data.open_source(tar)
+    [index] = (tmp_path / "cache" / "scan").iterdir()
+    for content in (pickle.dumps(Payload(str(mark))), index.read_bytes()[:-1] + b"x"):
+        index.write_bytes(content)
+        assert data.open_source(tar).caption(0) == "red"  # indexed anew
+    np.save(tmp_path / "keep.npy", np.array([Payload(str(mark))]), allow_pickle=True)
+    with pytest.raises(train.TrainError, match="--keep"):
+        train.read_keep(str(tmp_path / "keep.npy"), 3)
+    assert not mark.exists()

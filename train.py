@@ -16,19 +16,15 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
 from collections import deque
-from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -42,26 +38,26 @@ from scan import Scan, ScanSampler, info_nce
 VERSION = 1
 
 # batch: global. Of the paper; MoCo's rate is 1.5e-4 x batch / 256. The tiny ones are ours, for two CPU cores.
-CLIP = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, prune=0.3)
-MOCO = dict(epochs=100, batch_size=600, wd=0.1, warmup=10.0, image_size=224, prune=0.35)
+CLIP = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, crop_min=0.9, prune=0.3)
+MOCO = dict(epochs=100, batch_size=600, wd=0.1, warmup=10.0, image_size=224, crop_min=0.08, prune=0.35)
 RECIPES = {arch: CLIP for arch in clip_model.ARCHS} | {
     "vit_tiny": CLIP | dict(epochs=60, batch_size=128, image_size=64),
     "moco_vit_s16": MOCO,
     "moco_vit_b16": MOCO | dict(batch_size=370),
-    "moco_vit_tiny": MOCO | dict(epochs=60, batch_size=128, lr=1e-3, warmup=3.0, image_size=64),
+    "moco_vit_tiny": MOCO | dict(epochs=80, batch_size=128, lr=2e-3, warmup=3.0, image_size=32, crop_min=0.3),
 }
 # The built-in data, on two CPU cores: so few steps that a large model needs a low rate.
 SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, warmup=1.0, image_size=64)
 SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0)
-
-TIMEOUT = timedelta(minutes=30)  # for one rank to wait for another: while it indexes shards, or is lost
+SHAPES_MOCO_TINY = SHAPES | dict(epochs=80, lr=2e-3, warmup=3.0, image_size=32)
 
 TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
 
-# a resumed run must agree on these, on the tokens, the data and what --keep keeps; the rest may change
+# a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
 METHOD = (
-    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule mismatch epochs batch_size accum "
-    "lr wd warmup image_size precision seed"
+    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
+    "lr wd warmup "
+    "image_size crop_min precision seed"
 ).split()
 
 
@@ -74,11 +70,7 @@ class TrainError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, without argparse's block of usage; rank 0 speaks for all, and torchrun then ends them."""
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(5)
-            self.exit(2)
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage before it
 
 
 def parse_args(argv=None):
@@ -128,6 +120,7 @@ def parse_args(argv=None):
     add("--wd", type=float)
     add("--warmup", type=float, help="of the learning rate, in epochs (fractions allowed)")
     add("--image-size", type=int)
+    add("--crop-min", type=float, help="area of the smallest random crop, as a share of the picture's")
     # running
     add(
         "--precision",
@@ -153,10 +146,11 @@ def parse_args(argv=None):
     add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
     args = parser.parse_args(argv)
 
-    shapes, is_moco = args.data.partition(":")[0] == "shapes", args.arch in moco.ARCHS
+    shapes, is_moco = args.data.startswith("shapes"), args.arch in moco.ARCHS
     defaults = RECIPES[args.arch]
     if shapes:
-        defaults = defaults | (SHAPES_TINY if args.arch.endswith("tiny") else SHAPES)
+        tiny = {"vit_tiny": SHAPES_TINY, "moco_vit_tiny": SHAPES_MOCO_TINY}
+        defaults = defaults | tiny.get(args.arch, SHAPES)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, min(value, args.epochs) if name == "warmup" else value)
@@ -177,13 +171,14 @@ def parse_args(argv=None):
     for flag in ("prune", "rho_red", "rho_ill"):
         need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
     if args.rho_red + args.rho_ill > 1:
-        parser.error(f"redundant and ill-matched shares sum to {args.rho_red + args.rho_ill:g}, more than 1")
+        parser.error(
+            f"--rho-red and --rho-ill (or twice --prune) sum to {args.rho_red + args.rho_ill:g}, more than 1"
+        )
     for flag in ("t_cos", "epochs", "accum", "image_size"):
-        need(getattr(args, flag) >= 1, flag, "at least 1")
-    for flag, most in (("epochs", 10**6), ("image_size", 4096), ("workers", 1024), ("seed", 2**63 - 1)):
-        need(getattr(args, flag) <= most, flag, f"at most {most}")
+        need(1 <= getattr(args, flag) < 2**31, flag, "at least 1")
     for flag in ("workers", "eval_every", "save_every", "seed"):
-        need(getattr(args, flag) >= 0, flag, "at least 0")
+        need(0 <= getattr(args, flag) < 2**63, flag, "at least 0")
+    need(0 < args.crop_min <= 1, "crop_min", "a share above 0")
     for flag in ("mismatch", "max_bad"):
         need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
     for flag in ("lr", "wd", "warmup"):
@@ -191,7 +186,7 @@ def parse_args(argv=None):
         need(value is None or 0 <= value < math.inf, flag, "a finite number of at least 0")
     need(math.isfinite(args.warmup_threshold), "warmup_threshold", "finite")
     need(args.warmup is None or args.warmup <= args.epochs, "warmup", f"at most the {args.epochs} epochs")
-    need(args.batch_size >= 2, "batch_size", "at least 2: a contrastive loss needs negatives")
+    need(2 <= args.batch_size < 2**31, "batch_size", "at least 2: a contrastive loss needs negatives")
     world = int(os.environ.get("WORLD_SIZE", 1))
     need(
         args.batch_size % (world * args.accum) == 0,
@@ -231,8 +226,26 @@ def start_ranks(args):
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+        # After a restart by torchrun (--max-restarts) its store still holds the addresses of the dead ranks.
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
+
+
+def mean_in_rank_order(_, bucket):
+    """DDP's averaging for ranks on CPUs, the same to the last bit in a resumed run.
+
+    Gloo's own order of summing depends on an element's place in its bucket, and DDP rearranges its buckets
+    after the first step of a process.
+    """
+    grad = bucket.buffer()
+    everyone = [torch.empty_like(grad) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, grad)
+    done = torch.futures.Future()
+    done.set_result(functools.reduce(torch.add, everyone) / len(everyone))
+    return done
 
 
 class StopSignal:
@@ -243,7 +256,7 @@ class StopSignal:
 
     def __init__(self, world):
         self.asked = False
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
         self.pending = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
@@ -260,23 +273,6 @@ class StopSignal:
             return False
         before[0].wait()
         return bool(before[1])
-
-
-def average_in_rank_order(_, bucket):
-    """Hook of DDP for gloo: the mean of the ranks' gradients, each summed from rank 0 up.
-
-    In gloo's own sum the order depends on where in the buffer a gradient lies, and DDP rearranges its buffers
-    after the first step: from three ranks on, a resumed run would differ from one without interruption.
-    """
-    grads, world = bucket.buffer(), dist.get_world_size()
-    mine = F.pad(grads, (0, -len(grads) % world))
-    theirs = torch.empty_like(mine)
-    dist.all_to_all_single(theirs, mine)  # every rank sums one part
-    mean = functools.reduce(torch.add, theirs.chunk(world)) / world
-    dist.all_gather_into_tensor(mine, mean)
-    done = torch.futures.Future()
-    done.set_result(mine[: len(grads)])
-    return done
 
 
 def check_ranks_agree(what, values, device):
@@ -395,20 +391,18 @@ def load(out, say):
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
+                checkpoint = evaluation.load_checkpoint(path)
                 if damaged:
                     say(f"{damaged[0]} is damaged: going on from {path}")
                 return checkpoint
-            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError):
+            except evaluation.EvalError:
                 damaged.append(path)
     if damaged:
         raise TrainError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
     return None
 
 
-def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
-    if checkpoint.get("version") != VERSION:
-        raise TrainError(f"{checkpoint['path']}: not of this version of train.py: choose another --out")
+def refuse_other_run(checkpoint, args, tokenizer, identity):
     for name in METHOD:
         before, now = checkpoint["args"].get(name), getattr(args, name)
         if before != now:
@@ -420,11 +414,14 @@ def refuse_other_run(checkpoint, args, tokenizer, fingerprint, size):
         raise TrainError(
             f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out"
         )
-    if checkpoint["data"] != {"size": size, "hash": fingerprint}:
+    before = checkpoint["data"]
+    if (before["size"], before["hash"]) != (identity["size"], identity["hash"]):
         raise TrainError(
-            f"{args.out} was trained on other data or --keep ({checkpoint['data']['size']:,} samples, hash "
-            f"{checkpoint['data']['hash']}; now {size:,}, {fingerprint}): choose another --out"
+            f"{args.out} was trained on other data ({before['size']:,} samples, hash {before['hash']}; now "
+            f"{identity['size']:,}, {identity['hash']}): choose another --out"
         )
+    if before["kept"] != identity["kept"]:
+        raise TrainError(f"{args.out} was trained on other ids of the same --keep file: choose another --out")
 
 
 class Log:
@@ -433,30 +430,30 @@ class Log:
     def __init__(self, out, epochs_done, write):
         self.path, self.write, self.records = os.path.join(out, "log.jsonl"), write, []
         if os.path.exists(self.path) and epochs_done:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
+            with open(self.path, encoding="utf-8") as file:
                 for line in file:
                     with contextlib.suppress(ValueError):  # a line cut short by a kill
                         record = json.loads(line)
                         if record["epoch"] < epochs_done:
                             self.records.append(record)
         if write:
-            with self.writing(self.path + ".new") as file:
-                file.writelines(json.dumps(record) + "\n" for record in self.records)
+            self._write(self.path + ".new", "w", self.records)
             os.replace(self.path + ".new", self.path)
 
     def add(self, record):
         self.records.append(record)
         if self.write:
-            with self.writing(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._write(self.path, "a", [record])
 
-    @contextlib.contextmanager
-    def writing(self, path, mode="w"):
+    @staticmethod
+    def _write(path, mode, records):
         try:
             with open(path, mode, encoding="utf-8") as file:
-                yield file
+                file.writelines(json.dumps(record) + "\n" for record in records)
         except OSError as error:
-            raise TrainError(f"{path}: cannot be written ({error.strerror})") from None
+            raise TrainError(
+                f"{path}: cannot be written ({error.strerror}); the checkpoints are intact"
+            ) from None
 
 
 def found(scan, truth):
@@ -480,7 +477,7 @@ def print_table(log, args, say):
     say(f"\n{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}")
     for r in epochs:
         say(
-            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss']:>8.4f} "
+            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss'] or math.nan:>8.4f} "
             f"{r['seconds']:>8.1f}"
         )
     if not epochs:
@@ -548,10 +545,9 @@ def train(args, rank, world, device):
     tokenizer = None if is_moco else evaluation.tokenizer_for(args.vocab)
     text = None if is_moco else tokenizer.name
     dataset, keep = training_data(args, tokenizer)
-    fingerprint, total = dataset.fingerprint(), len(dataset)
-    if args.keep:
-        fingerprint = hashlib.sha256(fingerprint.encode() + keep.numpy().tobytes()).hexdigest()[:16]
-    check_ranks_agree("data", torch.tensor(list(fingerprint.encode())), device)
+    total, kept_hash = len(dataset), hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:16]
+    identity = {"size": total, "hash": dataset.fingerprint(), "kept": kept_hash if args.keep else None}
+    check_ranks_agree("data", torch.tensor(list(str(identity).encode())), device)
     val = open_source(args.val_data, False, args) if args.val_data else None
     if is_moco and val is not None and (val.labels is None or dataset.source.labels is None):
         raise TrainError("--val-data: MoCo's kNN needs classes in it and in --data; name their --label-key")
@@ -587,17 +583,12 @@ def train(args, rank, world, device):
         dist.barrier()  # --out exists
     checkpoint = load(args.out, say)
     if checkpoint:
-        refuse_other_run(checkpoint, args, text, fingerprint, total)
-        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
-    check_ranks_agree("checkpoint in --out", torch.tensor([first_epoch, start_step]), device)
-    if checkpoint:
+        refuse_other_run(checkpoint, args, text, identity)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scan.load_state_dict(checkpoint["scan"])
+        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
         totals, samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
-        if rank == 0 and checkpoint["path"].endswith("prev.pt"):
-            # else the next save would put a damaged last.pt in its place
-            os.replace(checkpoint["path"], os.path.join(args.out, "last.pt"))
     log = Log(args.out, first_epoch, write=rank == 0)
 
     bf16 = args.precision == "bf16" or (
@@ -610,8 +601,8 @@ def train(args, rank, world, device):
     module = torch.compile(model) if compiled else model
     if world > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-        if device.type == "cpu" and world > 2:
-            module.register_comm_hook(None, average_in_rank_order)
+        if device.type == "cpu":
+            module.register_comm_hook(None, mean_in_rank_order)
     sampler = ScanSampler(args.batch_size, rank, world, seed=args.seed)
     loader = DataLoader(
         dataset,
@@ -625,7 +616,10 @@ def train(args, rank, world, device):
     stop = StopSignal(world)
     line = ProgressLine(rank)
 
-    say(f"data      {args.data}: {total:,} samples, hash {fingerprint}" + f"; text as {text}" * (not is_moco))
+    say(
+        f"data      {args.data}: {total:,} samples, hash {identity['hash']}"
+        + f"; text as {text}" * (not is_moco)
+    )
     say(f"model     {args.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     say(f"running   {world} rank(s) on {device.type}, {'bf16' if bf16 else 'fp32'}, compile {compiled}")
     say_settings(args, world, say)
@@ -636,14 +630,18 @@ def train(args, rank, world, device):
         return
 
     def write_checkpoint(epoch, step):
-        refuse_non_finite_weights(model, epoch, step, args.out)  # a loss would tell a step too late
         totals["bad"] = union_over_ranks(totals["bad"])
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise TrainError(
+                f"weights not finite at epoch {epoch}, step {step}: stopped; {args.out} holds the checkpoint "
+                f"before it. A lower --lr or --precision fp32 may help"
+            )
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scan": scan.state_dict()}
             state |= {"epoch": epoch, "step": step, "totals": totals, "samples_seen": samples_seen}
             state |= {"args": vars(args), "tokenizer": text, "version": VERSION}
-            save(args.out, state | {"data": {"size": total, "hash": fingerprint}})
+            save(args.out, state | {"data": identity})
 
     for epoch in range(first_epoch, args.epochs):
         # SCAN decides what this epoch trains on: everything, or all but a random share of the candidates.
@@ -651,17 +649,17 @@ def train(args, rank, world, device):
         kept = kept[keep[kept]]
         check_ranks_agree("kept samples", kept, device)
         dataset.set_epoch(epoch)
-        sampler.set_epoch(epoch, kept, start_step)
-        steps = start_step + len(sampler)
-        last = epoch + 1 == args.epochs
-        evaluating = val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0))
+        steps = len(kept) // args.batch_size
+        if steps:  # else, with all data marked (--prune 0.5), this epoch leaves nothing to train on
+            sampler.set_epoch(epoch, kept, start_step)
+        rate = learning_rate(epoch, args)
 
         model.train()
         suspects = deque()  # steps whose losses the host has not looked at yet
         began = waiting_since = time.monotonic()
         seconds_before = totals["seconds"]
         step = start_step
-        for ids, failed, *batch in loader:
+        for ids, failed, *batch in loader if steps else ():
             totals["data_seconds"] += time.monotonic() - waiting_since
             inputs = dataset.inputs(*batch, device, model.mean_std)
             rate = learning_rate(epoch + step / steps, args)
@@ -685,12 +683,7 @@ def train(args, rank, world, device):
             step += 1
             totals["samples"] += args.batch_size
             totals["bad"] += [int(i) for i in failed if i >= 0 and i not in totals["bad"]]
-            if len(totals["bad"]) > args.max_bad * total:
-                places = "; ".join(dataset.source.where(i) for i in totals["bad"][:3])
-                raise TrainError(
-                    f"{len(totals['bad'])} samples can't be read, more than --max-bad {args.max_bad:g} of "
-                    f"{total:,}: {places}"
-                )
+            refuse_many_bad(totals["bad"], dataset, args)
             finite = [x.detach().isfinite().all(-1) for x in features[:2]] + [(a + b).isfinite()]
             suspects.append((epoch, step, ids, to_host(torch.stack(finite))))
             if len(suspects) > 4:
@@ -699,13 +692,11 @@ def train(args, rank, world, device):
             if line.due():
                 line.show(progress_text(args, scan, totals, step, steps, a, b))
             stopping = stop()
-            # before an evaluation too: it may take long, and be killed
-            due = (args.save_every and step % args.save_every == 0) or (evaluating and step == steps)
-            if stopping or due:
+            if step < steps and (stopping or (args.save_every and step % args.save_every == 0)):
                 while suspects:
                     refuse_non_finite(suspects.popleft(), args.out)
                 write_checkpoint(epoch, step)
-            if stopping:
+            if stopping and step < steps:
                 line.clear()
                 say(f"stopped in epoch {epoch}, step {step} of {steps}; the same command goes on from here")
                 return
@@ -717,9 +708,10 @@ def train(args, rank, world, device):
         scan.end_epoch()
         check_ranks_agree("candidates", scan.redundant.cpu() * 2 + scan.ill_matched.cpu(), device)
         bad = union_over_ranks(totals["bad"])
+        refuse_many_bad(bad, dataset, args)
         samples_seen += totals["samples"]
-        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage, "loss": round(scan.loss, 6)}
-        rate = learning_rate(epoch + (steps - 1) / steps, args)  # of the last step
+        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
+        record |= {"loss": round(scan.loss, 6) if steps else None}
         record |= {"kept": len(kept), "total": total, "candidates": len(scan.candidates), "lr": rate}
         record |= {"samples": totals["samples"], "samples_seen": samples_seen}
         record |= {name: round(totals[name], 3) for name in ("seconds", "data_seconds")}
@@ -733,7 +725,8 @@ def train(args, rank, world, device):
             f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  "
             f"loss {scan.loss:.4f}  {totals['seconds']:.1f} s" + (f"  {len(bad)} unreadable" if bad else "")
         )
-        if evaluating:
+        last = epoch + 1 == args.epochs
+        if val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0)):
             result = evaluate(model, tokenizer, dataset.source, val, device, args.workers)
             log.add({"event": "eval", "epoch": epoch} | result)
             say("    " + scores(result))
@@ -760,15 +753,16 @@ def training_data(args, tokenizer):
     """-> dataset, and the mask (N,) of what --keep keeps; refuses data too small for the batch."""
     source = open_source(args.data, True, args)
     if tokenizer is None:
-        dataset = data.Views(source, args.image_size, seed=args.seed)
+        dataset = data.Views(source, args.image_size, crop_min=args.crop_min, seed=args.seed)
     else:
-        dataset = data.Pairs(source, tokenizer, args.image_size, seed=args.seed, mismatch=args.mismatch)
+        options = dict(crop_min=args.crop_min, seed=args.seed, mismatch=args.mismatch)
+        dataset = data.Pairs(source, tokenizer, args.image_size, **options)
     keep = read_keep(args.keep, len(dataset))
     size = int(keep.sum())
     if size < args.batch_size:
         raise TrainError(f"{size} samples do not fill one global batch: use a smaller --batch-size")
     fewest = max(size - int((args.rho_red + args.rho_ill) * len(dataset)), 0)  # in the last mutation epoch
-    if fewest < args.batch_size:
+    if fewest < args.batch_size and args.rho_red + args.rho_ill < 1:
         raise TrainError(
             f"pruning may leave {fewest} samples, less than one global batch of {args.batch_size}: "
             "use a smaller --batch-size or --prune"
@@ -805,9 +799,6 @@ def read_keep(path, total):
 def evaluate(model, tokenizer, source, val, device, workers):
     """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN, on features of `source`."""
     model.eval()
-    if dist.is_initialized():  # batch statistics of the ResNets differ: take rank 0's, as the checkpoint does
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
     if tokenizer is None:
         result = evaluation.knn(model, source, val, device, workers=workers)
     else:
@@ -817,16 +808,9 @@ def evaluate(model, tokenizer, source, val, device, workers):
 
 
 def ignore_signals(_):
-    """Ctrl-C and a scheduler's SIGTERM reach the loading processes too: their rank saves, then ends them."""
+    """Ctrl-C reaches the loading processes too; the rank they belong to saves first, then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_loading():
-    """Python would end the loading processes by SIGTERM, which they ignore, and wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader takes their end for a failure
-    for process in multiprocessing.active_children():
-        process.kill()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def to_host(tensor):
@@ -844,19 +828,21 @@ def refuse_non_finite(suspect, out):
     if event is not None:
         event.synchronize()  # a few steps old: it has long happened
     if not finite.all():
-        # one bad feature spoils the loss of every row of every rank, through the keys: name its row, if any
-        bad = union_over_ranks(ids[~finite[:2].all(0)].tolist()) or union_over_ranks(ids[~finite[2]].tolist())
+        # one bad feature spoils the loss of every row, through the keys: name the rows of bad features
+        bad = ~finite[2] if finite[:2].all() else ~finite[:2].all(0)
         raise TrainError(
-            f"loss not finite in epoch {epoch}, step {step}, from samples {bad[:8]}: stopped; "
-            f"what {out} holds is from before it. A lower --lr or --precision fp32 may help"
+            f"loss not finite in epoch {epoch}, step {step}, from samples {ids[bad][:8].tolist()}: stopped; "
+            f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
         )
 
 
-def refuse_non_finite_weights(model, epoch, step, out):
-    if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
+def refuse_many_bad(ids, dataset, args):
+    """Of a rank's own, in each step, and of all ranks', after each epoch."""
+    if len(ids) > args.max_bad * len(dataset):
+        places = "; ".join(dataset.source.where(i) for i in ids[:3])
         raise TrainError(
-            f"weights not finite in epoch {epoch}, after step {step}: stopped; what {out} holds is "
-            f"from before it. A lower --lr or --precision fp32 may help"
+            f"{len(ids)} samples can't be read, more than --max-bad {args.max_bad:g} of {len(dataset):,}: "
+            f"{places}"
         )
 
 
@@ -880,29 +866,20 @@ def progress_text(args, scan, totals, step, steps, a, b):
     )
 
 
-def fail(line):
-    """Rank 0 speaks for all: torchrun then ends the others, unless the failure is theirs alone."""
+def main(argv=None):
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-        line = f"rank {rank}: {line}"
-    print(f"train.py: {line}", file=sys.stderr)
-    sys.exit(1)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+        sys.stderr.flush()
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # rank 0 speaks for all
+            args = parse_args(argv)
+    else:
+        args = parse_args(argv)
     try:
         train(args, *start_ranks(args))
     except (TrainError, DataError, evaluation.EvalError) as error:
-        fail(str(error).strip().splitlines()[-1])
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        fail(f"lost another rank; the same command goes on from the last checkpoint in {args.out}")
+        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        sys.exit(1)
     finally:
-        end_loading()
         if dist.is_initialized():
             dist.destroy_process_group()
 

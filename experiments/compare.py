@@ -3,6 +3,7 @@
     python experiments/compare.py                                       # shapes, 3 seeds, prune 0 and 0.3
     python experiments/compare.py --data 'emoji/train-*.tar' --val-data emoji/val-00000.tar --epochs 24
     python experiments/compare.py --data ... --val-data ... --epochs 24 --mismatch 0.15
+    python experiments/compare.py --arch moco_vit_tiny --ratios 0 0.35    # kNN; then see probe.py
 
 Other flags go to train.py. Runs alternate between the ratios, so that slow minutes of a machine hit both.
 Finished runs are not run again.
@@ -15,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# balanced: the mean over classes, which is top-1 where all classes are equally frequent
+SCORES = {("balanced",): "balanced accuracy", ("top1",): "top-1", ("i2t_r1", "t2i_r1"): "mean R@1"}
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -55,8 +58,8 @@ def main():
             records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
             epochs = [r for r in records if r["event"] == "epoch"]
             final = [r for r in records if r["event"] == "eval"][-1]
-            names = ("top1",) if "top1" in final else ("i2t_r1", "t2i_r1")
-            planted = next((r["found"]["ill_matched"] for r in reversed(epochs) if "found" in r), {})
+            names = next(n for n in SCORES if n[0] in final)
+            planted = next((r["found"].get("ill_matched", {}) for r in reversed(epochs) if "found" in r), {})
             row = {
                 "score": statistics.mean(final[n] for n in names),
                 "samples": epochs[-1]["samples_seen"],
@@ -65,11 +68,7 @@ def main():
             }
             rows[ratio].append(row)
             print(f"prune {ratio:g} seed {seed}: {names} {row}", file=sys.stderr, flush=True)
-    print(
-        "| prune | "
-        + ("top-1" if names[0] == "top1" else "mean R@1")
-        + " | samples | seconds | mismatches found |"
-    )
+    print(f"| prune | {SCORES[names]} | samples | seconds | mismatches found |")
     print("|---|---|---|---|---|")
     for ratio, found in rows.items():
         score, seconds = ([r[k] for r in found] for k in ("score", "seconds"))
