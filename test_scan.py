@@ -1833,3 +1833,30 @@ def test_no_pickle_is_ever_executed(tmp_path):
     with pytest.raises(train.TrainError, match="--keep"):
         train.read_keep(str(tmp_path / "keep.npy"), 3)
     assert not mark.exists()
+
+
+# ---------------------------------------------------------------- stopping, and dying where it hurts
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_saves_too(tmp_path, number):
+    """As Ctrl-C and schedulers send it: to the loading processes as well, which are needed until the end."""
+    command = [sys.executable, *SMALL, "--epochs", "100", "--workers", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    for text in process.stdout:
+        if text.startswith("epoch   0"):
+            break
+    os.killpg(process.pid, number)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and rest.splitlines()[-1].startswith("stopped"), rest
+
+
+@slow
+def test_a_failing_run_does_not_wait_for_its_loading_processes(tmp_path):
+    bug = "import sys, train\ntrain.refuse_non_finite = None\ntrain.main(sys.argv[1:])"
+    flags = [*SMALL[1:], "--epochs", "1", "--workers", "2", "--out", str(tmp_path)]
+    said = run("-c", bug, *flags, check=1, timeout=60).stderr
+    assert "not callable" in said and "killed" not in said

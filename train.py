@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -808,9 +809,16 @@ def evaluate(model, tokenizer, source, val, device, workers):
 
 
 def ignore_signals(_):
-    """Ctrl-C reaches the loading processes too; the rank they belong to saves first, then ends them."""
+    """Ctrl-C and a scheduler's SIGTERM reach the loading processes too: their rank saves, then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_loading():
+    """Python would end the loading processes by SIGTERM, which they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader takes their end for a failure
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def to_host(tensor):
@@ -880,6 +888,7 @@ def main(argv=None):
         print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(1)
     finally:
+        end_loading()
         if dist.is_initialized():
             dist.destroy_process_group()
 
