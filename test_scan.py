@@ -1860,3 +1860,132 @@ def test_a_failing_run_does_not_wait_for_its_loading_processes(tmp_path):
     flags = [*SMALL[1:], "--epochs", "1", "--workers", "2", "--out", str(tmp_path)]
     said = run("-c", bug, *flags, check=1, timeout=60).stderr
     assert "not callable" in said and "killed" not in said
+
+
+class Killed(BaseException):
+    """No handler of train.py catches it: the files stay as SIGKILL leaves them."""
+
+
+TINY = (
+    "--data shapes:72 --val-data shapes:20 --batch-size 16 --epochs 9 --device cpu --workers 0 --eval-every 2"
+)
+TINY += " --warmup-threshold 9 --image-size "
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """-> run(arch, out, flags): train.main in this process, with models that take milliseconds a step."""
+    return make_small(monkeypatch.setitem)
+
+
+def make_small(setitem=dict.__setitem__):
+    tiny = {"vit_tiny": dict(width=64, layers=1, patch=16), "rn50": dict(width=16, layers=(1, 1, 1, 1))}
+    for arch, vision in tiny.items():
+        setitem(clip_model.ARCHS, arch, dict(embed_dim=32, vision=vision, text=(64, 1)))
+    sizes = dict(width=64, layers=1, heads=1, patch=16, hidden=32, dim=16)
+    setitem(train.moco.ARCHS, "moco_vit_tiny", sizes)
+
+    def run(arch, out, flags=""):
+        out.parent.mkdir(exist_ok=True)
+        vocab = out.parent / "vocab.gz"  # instead of 49408 hashed words
+        if not vocab.exists():
+            vocab.write_bytes(gzip.compress(b"version\na </w>\n", mtime=0))
+        text = "" if arch.startswith("moco") else f"--vocab {vocab}"
+        size = 32 if arch == "rn50" else 16
+        train.main(f"--arch {arch} {TINY} {size} {text} --out {out} {flags}".split())
+
+    return run
+
+
+def at_call(number, when, action, function):
+    """`function`, but around its call number `number` there is `action`: when is "before" or "after" it."""
+    calls = []
+
+    def wrapped(*args, **options):
+        calls.append(0)
+        if len(calls) == number and when == "before":
+            action()
+        result = function(*args, **options)
+        if len(calls) == number and when == "after":
+            action()
+        return result
+
+    return wrapped
+
+
+def die():
+    raise Killed
+
+
+def assert_same_run(one, other, epochs=9):
+    """Checkpoints and logs of two runs agree bit for bit, but for their times."""
+    log = without_times(one)
+    assert [r["epoch"] for r in log if r["event"] == "epoch"] == list(range(epochs))
+    assert log == without_times(other)
+    one, other = (torch.load(out / "last.pt", weights_only=True) for out in (one, other))
+    for part in ("model", "scan"):
+        for name, value in one[part].items():
+            same = value.equal(other[part][name]) if torch.is_tensor(value) else value == other[part][name]
+            assert same, f"{part} {name}"
+    for i, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert value.equal(other["optimizer"]["state"][i][name]), f"optimizer {i} {name}"
+
+
+# where one start of a run after the other dies: in which function, at which of its calls, before or after it
+MOMENTS = """save 1 before, save 1 after, forward_backward 5 before, add 1 before, add 1 after,
+evaluate 1 before, evaluate 1 after, fsync 1 before, end_epoch 1 before, end_epoch 1 after,
+begin_epoch 2 after, forward_backward 4 after, begin_epoch 2 after, replace 2 after, add 2 after,
+replace 3 before, replace 3 after, forward_backward 7 after, evaluate 1 after, evaluate 1 before,
+forward_backward 2 before, replace 4 after, evaluate 1 after, print_table 1 before"""
+OWNER = {"fsync": os, "replace": os, "add": train.Log, "begin_epoch": Scan, "end_epoch": Scan}
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
+@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny", "rn50"])
+def test_killed_at_any_moment_the_run_goes_on_exactly(small, tmp_path, monkeypatch, arch, save_every):
+    """In all stages, around the epoch's end, in evaluations, and while a checkpoint or the log is written."""
+    whole, cut, stages = tmp_path / "whole", tmp_path / "cut", set()
+    small(arch, whole)
+    for moment in MOMENTS.replace("\n", " ").split(", "):
+        name, number, when = moment.split()
+        owner = OWNER.get(name, train)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, at_call(int(number), when, die, getattr(owner, name)))
+            small(arch, cut, f"--save-every {save_every}")
+        checkpoint = train.load(cut, print)
+        stages |= {(checkpoint["scan"]["stage"], checkpoint["step"] > 0)} if checkpoint else set()
+    assert stages >= {(s, m) for s in ("warm-up", "preparation", "mutation") for m in (True, False)}, stages
+    small(arch, cut)
+    assert_same_run(whole, cut)
+
+
+def rank_runs_and_dies(rank, world, ports, folder):
+    """Each model on `world` ranks: a run, and one that dies in mid-epoch and in an evaluation."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    small, ports = make_small(), iter(ports)
+
+    def run(out):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(ports))}
+        small(out.parent.name, out, "--batch-size 12 --save-every 2 --epochs 6")
+
+    for arch in ("vit_tiny", "rn50"):
+        run(folder / arch / "whole")
+        for name, number in (("forward_backward", 17), ("evaluate", 1)):
+            function = getattr(train, name)
+            setattr(train, name, at_call(number, "after", die, function))
+            with pytest.raises(Killed):
+                run(folder / arch / "cut")
+            setattr(train, name, function)
+        run(folder / arch / "cut")
+
+
+@slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_go_on_exactly(tmp_path, world):
+    """Which needs one order of gloo's sums, from three ranks on, and one rank's statistics in a ResNet."""
+    ports = [free_port() for _ in range(8)]  # a store of the run before may still listen
+    mp.start_processes(rank_runs_and_dies, (world, ports, tmp_path), world, start_method="spawn")
+    for arch in ("vit_tiny", "rn50"):
+        assert_same_run(tmp_path / arch / "whole", tmp_path / arch / "cut", epochs=6)

@@ -392,7 +392,7 @@ def load(out, say):
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
-                checkpoint = evaluation.load_checkpoint(path)
+                checkpoint = evaluation.load_checkpoint(path) | {"path": path}
                 if damaged:
                     say(f"{damaged[0]} is damaged: going on from {path}")
                 return checkpoint
@@ -404,6 +404,10 @@ def load(out, say):
 
 
 def refuse_other_run(checkpoint, args, tokenizer, identity):
+    if checkpoint.get("version") != VERSION:
+        raise TrainError(
+            f"{checkpoint['path']}: not written by this version of train.py: choose another --out"
+        )
     for name in METHOD:
         before, now = checkpoint["args"].get(name), getattr(args, name)
         if before != now:
@@ -431,7 +435,7 @@ class Log:
     def __init__(self, out, epochs_done, write):
         self.path, self.write, self.records = os.path.join(out, "log.jsonl"), write, []
         if os.path.exists(self.path) and epochs_done:
-            with open(self.path, encoding="utf-8") as file:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     with contextlib.suppress(ValueError):  # a line cut short by a kill
                         record = json.loads(line)
@@ -585,11 +589,16 @@ def train(args, rank, world, device):
     checkpoint = load(args.out, say)
     if checkpoint:
         refuse_other_run(checkpoint, args, text, identity)
+        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
+    check_ranks_agree("checkpoint in --out", torch.tensor([first_epoch, start_step]), device)
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scan.load_state_dict(checkpoint["scan"])
-        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
         totals, samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
+        if rank == 0 and checkpoint["path"].endswith("prev.pt"):
+            # else the next save would put a damaged last.pt in the place of this one
+            os.replace(checkpoint["path"], os.path.join(args.out, "last.pt"))
     log = Log(args.out, first_epoch, write=rank == 0)
 
     bf16 = args.precision == "bf16" or (
@@ -632,7 +641,7 @@ def train(args, rank, world, device):
 
     def write_checkpoint(epoch, step):
         totals["bad"] = union_over_ranks(totals["bad"])
-        if not all(p.isfinite().all() for p in model.parameters()):
+        if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
             raise TrainError(
                 f"weights not finite at epoch {epoch}, step {step}: stopped; {args.out} holds the checkpoint "
                 f"before it. A lower --lr or --precision fp32 may help"
@@ -653,7 +662,8 @@ def train(args, rank, world, device):
         steps = len(kept) // args.batch_size
         if steps:  # else, with all data marked (--prune 0.5), this epoch leaves nothing to train on
             sampler.set_epoch(epoch, kept, start_step)
-        rate = learning_rate(epoch, args)
+        last = epoch + 1 == args.epochs
+        evaluating = val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0))
 
         model.train()
         suspects = deque()  # steps whose losses the host has not looked at yet
@@ -693,11 +703,13 @@ def train(args, rank, world, device):
             if line.due():
                 line.show(progress_text(args, scan, totals, step, steps, a, b))
             stopping = stop()
-            if step < steps and (stopping or (args.save_every and step % args.save_every == 0)):
+            # before an evaluation too: it may take long, and be killed
+            due = (args.save_every and step % args.save_every == 0) or (evaluating and step == steps)
+            if stopping or due:
                 while suspects:
                     refuse_non_finite(suspects.popleft(), args.out)
                 write_checkpoint(epoch, step)
-            if stopping and step < steps:
+            if stopping:
                 line.clear()
                 say(f"stopped in epoch {epoch}, step {step} of {steps}; the same command goes on from here")
                 return
@@ -713,6 +725,7 @@ def train(args, rank, world, device):
         samples_seen += totals["samples"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
         record |= {"loss": round(scan.loss, 6) if steps else None}
+        rate = learning_rate(epoch + max(steps - 1, 0) / max(steps, 1), args)  # of the last step
         record |= {"kept": len(kept), "total": total, "candidates": len(scan.candidates), "lr": rate}
         record |= {"samples": totals["samples"], "samples_seen": samples_seen}
         record |= {name: round(totals[name], 3) for name in ("seconds", "data_seconds")}
@@ -726,8 +739,7 @@ def train(args, rank, world, device):
             f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  "
             f"loss {scan.loss:.4f}  {totals['seconds']:.1f} s" + (f"  {len(bad)} unreadable" if bad else "")
         )
-        last = epoch + 1 == args.epochs
-        if val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0)):
+        if evaluating:
             result = evaluate(model, tokenizer, dataset.source, val, device, args.workers)
             log.add({"event": "eval", "epoch": epoch} | result)
             say("    " + scores(result))
@@ -800,6 +812,9 @@ def read_keep(path, total):
 def evaluate(model, tokenizer, source, val, device, workers):
     """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN, on features of `source`."""
     model.eval()
+    if dist.is_initialized():  # batch statistics of the ResNets differ: take rank 0's, as the checkpoint does
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     if tokenizer is None:
         result = evaluation.knn(model, source, val, device, workers=workers)
     else:
@@ -836,10 +851,10 @@ def refuse_non_finite(suspect, out):
     if event is not None:
         event.synchronize()  # a few steps old: it has long happened
     if not finite.all():
-        # one bad feature spoils the loss of every row, through the keys: name the rows of bad features
-        bad = ~finite[2] if finite[:2].all() else ~finite[:2].all(0)
+        # one bad feature spoils the loss of every row of every rank, through the keys: name its own row
+        bad = union_over_ranks(ids[~finite[:2].all(0)].tolist()) or union_over_ranks(ids[~finite[2]].tolist())
         raise TrainError(
-            f"loss not finite in epoch {epoch}, step {step}, from samples {ids[bad][:8].tolist()}: stopped; "
+            f"loss not finite in epoch {epoch}, step {step}, from samples {bad[:8]}: stopped; "
             f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
         )
 
