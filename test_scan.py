@@ -1320,9 +1320,9 @@ BAD_VALUES = {  # every flag of train.py; ANY: what is wrong with it shows when 
     "--rho-ill": SHARE + " 0.8", "--t-cos": NATURAL, "--warmup-threshold": "nan inf x",
     "--warmup-rule": "what", "--keep": ANY, "--epochs": NATURAL, "--batch-size": NATURAL + " 1",
     "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99",
-    "--image-size": NATURAL + " 33",
+    "--image-size": NATURAL + " 33 4112",
     "--precision": "fp16", "--compile": "maybe", "--device": "tpu",
-    "--crop-min": SHARE + " 0", "--workers": COUNT,
+    "--crop-min": SHARE + " 0", "--workers": COUNT + " 1025",
     "--eval-every": COUNT,
     "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT, "--vocab": ANY, "--out": ANY,
 }  # fmt: skip
@@ -1960,6 +1960,109 @@ def test_killed_at_any_moment_the_run_goes_on_exactly(small, tmp_path, monkeypat
     assert_same_run(whole, cut)
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, tmp_path, monkeypatch):
+    """last.pt is damaged and prev.pt used; then the run dies between the two renamings of the next save."""
+    whole, cut, replace = tmp_path / "whole", tmp_path / "cut", os.replace
+
+    def dying(a, b):
+        if a.endswith("new.pt"):
+            die()
+        replace(a, b)
+
+    small("vit_tiny", whole)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save", at_call(6, "after", die, train.save))
+        small("vit_tiny", cut, "--save-every 1")
+    (cut / "last.pt").write_bytes(b"cut short")
+    with (cut / "log.jsonl").open("ab") as log:
+        log.write(b'{"event": "ep\xff\0')
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", dying)
+        small("vit_tiny", cut, "--save-every 1")
+    assert not (cut / "last.pt").exists() and train.load(cut, print)["epoch"] == 1
+    small("vit_tiny", cut)
+    assert_same_run(whole, cut)
+
+
+def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, monkeypatch):
+    class Stop:
+        calls = 0
+
+        def __init__(self, world):
+            pass
+
+        def __call__(self):
+            Stop.calls += 1
+            return Stop.calls == 9  # 4 steps and the end of epoch 0, 4 steps of epoch 1
+
+    small("vit_tiny", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", Stop)
+        patch.setattr(train, "evaluate", die)
+        small("vit_tiny", tmp_path / "cut")
+    checkpoint = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 4)
+    small("vit_tiny", tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("spoilt", ["gradient", "picture", "buffer"])
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_no_checkpoint_ever_holds_what_is_not_finite(
+    small, tmp_path, monkeypatch, capsys, spoilt, save_every
+):
+    """In step 7, the third of epoch 1; a checkpoint of step 7 would hold the spoilt weights."""
+    step, inputs, spoil = train.forward_backward, data.Pairs.inputs, []
+
+    def spoiling_step(model, *args):
+        result = step(model, *args)
+        spoil.append(0)
+        if len(spoil) == 7 and spoilt == "gradient":
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+        if len(spoil) == 8 and spoilt == "buffer":  # of the epoch's last step: no loss ever tells
+            next(model.buffers()).view(-1)[0] = math.inf
+        return result
+
+    def spoilt_inputs(*args):
+        images, tokens = inputs(*args)
+        if len(spoil) == 6 and spoilt == "picture":
+            images[3, 0, 0, 0] = math.nan
+        return images, tokens
+
+    monkeypatch.setattr(train, "forward_backward", spoiling_step)
+    monkeypatch.setattr(data.Pairs, "inputs", staticmethod(spoilt_inputs))
+    with pytest.raises(SystemExit) as stop:
+        small("rn50" if spoilt == "buffer" else "vit_tiny", tmp_path / "out", f"--save-every {save_every}")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1 and "epoch 1" in said
+    assert ("weights" in said) == (spoilt == "buffer" or (spoilt == "gradient" and save_every == 1))
+    if spoilt == "picture":
+        sampler = ScanSampler(16)
+        sampler.set_epoch(1, torch.arange(72))
+        assert f"step 3, from samples [{list(sampler)[2][3]}]" in said
+    checkpoint = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    last = {"gradient": 2, "picture": 2, "buffer": 3}[spoilt]  # steps of epoch 1 before it
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, last if save_every else 0)
+    assert all(x.isfinite().all() for x in checkpoint["model"].values())
+    assert len(without_times(tmp_path / "out")) == 1  # epoch 0
+
+
+def test_an_out_that_cannot_be_written_is_said_at_once(capsys):
+    if not Path("/proc/self").exists():
+        pytest.skip("needs a folder where nobody may write")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL[1:], "--device", "cpu", "--out", "/proc"])
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 1 and said.count("\n") == 1 and "/proc/log.jsonl" in said and "cannot be" in said
+    )
+
+
+def test_only_the_built_in_data_are_shapes():
+    assert train.parse_args(["--data", "shapes-of-mine"]).val_data is None
+    assert train.parse_args(["--data", "shapes:128"]).val_data == "shapes"
+
+
 def rank_runs_and_dies(rank, world, ports, folder):
     """Each model on `world` ranks: a run, and one that dies in mid-epoch and in an evaluation."""
     torch.set_num_threads(1)
@@ -1980,12 +2083,32 @@ def rank_runs_and_dies(rank, world, ports, folder):
             setattr(train, name, function)
         run(folder / arch / "cut")
 
+    said = []
+    train.fail = said.append
+    run(folder / "vit_tiny" / ("whole" if rank == 0 else "elsewhere"))  # where this rank finds no checkpoint
+    inputs = data.Pairs.inputs
+
+    def spoilt(*args):
+        images, tokens = inputs(*args)
+        images[2, 0, 0, 0] = math.nan if rank == 1 else 0
+        return images, tokens
+
+    data.Pairs.inputs = staticmethod(spoilt)
+    run(folder / "vit_tiny" / "spoilt")
+    (folder / f"said{rank}.json").write_text(json.dumps(said))
+
 
 @slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_go_on_exactly(tmp_path, world):
+def test_three_ranks_go_on_exactly_and_agree(tmp_path):
     """Which needs one order of gloo's sums, from three ranks on, and one rank's statistics in a ResNet."""
-    ports = [free_port() for _ in range(8)]  # a store of the run before may still listen
-    mp.start_processes(rank_runs_and_dies, (world, ports, tmp_path), world, start_method="spawn")
+    ports = [free_port() for _ in range(10)]  # a store of the run before may still listen
+    mp.start_processes(rank_runs_and_dies, (3, ports, tmp_path), 3, start_method="spawn")
     for arch in ("vit_tiny", "rn50"):
         assert_same_run(tmp_path / arch / "whole", tmp_path / arch / "cut", epochs=6)
+    sampler = ScanSampler(12, 1, 3)
+    sampler.set_epoch(0, torch.arange(72))
+    bad = list(sampler)[0][2]  # of rank 1
+    for rank in range(3):
+        other, spoilt = json.loads((tmp_path / f"said{rank}.json").read_text())
+        assert "disagree on the checkpoint" in other
+        assert f"step 1, from samples [{bad}]" in spoilt, "every rank names the sample of rank 1"

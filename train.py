@@ -22,10 +22,12 @@ import signal
 import sys
 import time
 from collections import deque
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -52,6 +54,8 @@ SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, warmup=1.0, image_size=64)
 SHAPES_TINY = SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0)
 SHAPES_MOCO_TINY = SHAPES | dict(epochs=80, lr=2e-3, warmup=3.0, image_size=32)
 
+TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that indexes shards, or is gone without a word
+
 TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
 
 # a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
@@ -71,6 +75,9 @@ class TrainError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)  # rank 0 speaks for all, and torchrun then ends them
+            self.exit(2)
         self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage before it
 
 
@@ -147,7 +154,7 @@ def parse_args(argv=None):
     add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
     args = parser.parse_args(argv)
 
-    shapes, is_moco = args.data.startswith("shapes"), args.arch in moco.ARCHS
+    shapes, is_moco = args.data.partition(":")[0] == "shapes", args.arch in moco.ARCHS
     defaults = RECIPES[args.arch]
     if shapes:
         tiny = {"vit_tiny": SHAPES_TINY, "moco_vit_tiny": SHAPES_MOCO_TINY}
@@ -179,6 +186,8 @@ def parse_args(argv=None):
         need(1 <= getattr(args, flag) < 2**31, flag, "at least 1")
     for flag in ("workers", "eval_every", "save_every", "seed"):
         need(0 <= getattr(args, flag) < 2**63, flag, "at least 0")
+    need(args.image_size <= 4096, "image_size", "at most 4096")
+    need(args.workers <= 1024, "workers", "at most 1024")
     need(0 < args.crop_min <= 1, "crop_min", "a share above 0")
     for flag in ("mismatch", "max_bad"):
         need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
@@ -231,7 +240,9 @@ def start_ranks(args):
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=world
+        )
     return rank, world, device
 
 
@@ -241,11 +252,13 @@ def mean_in_rank_order(_, bucket):
     Gloo's own order of summing depends on an element's place in its bucket, and DDP rearranges its buckets
     after the first step of a process.
     """
-    grad = bucket.buffer()
-    everyone = [torch.empty_like(grad) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, grad)
+    grad, world = bucket.buffer(), dist.get_world_size()
+    mine = F.pad(grad, (0, -len(grad) % world))
+    theirs = torch.empty_like(mine)
+    dist.all_to_all_single(theirs, mine)  # each rank sums a part
+    dist.all_gather_into_tensor(mine, functools.reduce(torch.add, theirs.chunk(world)) / world)
     done = torch.futures.Future()
-    done.set_result(functools.reduce(torch.add, everyone) / len(everyone))
+    done.set_result(mine[: len(grad)])
     return done
 
 
@@ -257,7 +270,7 @@ class StopSignal:
 
     def __init__(self, world):
         self.asked = False
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
         self.pending = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
@@ -611,7 +624,7 @@ def train(args, rank, world, device):
     module = torch.compile(model) if compiled else model
     if world > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-        if device.type == "cpu":
+        if device.type == "cpu" and world > 2:  # two summands have but one order
             module.register_comm_hook(None, mean_in_rank_order)
     sampler = ScanSampler(args.batch_size, rank, world, seed=args.seed)
     loader = DataLoader(
@@ -889,19 +902,27 @@ def progress_text(args, scan, totals, step, steps, a, b):
     )
 
 
-def main(argv=None):
+def fail(line):
+    """Rank 0 speaks for all: torchrun then ends the others, unless the failure is theirs alone."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        sys.stderr.flush()
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # rank 0 speaks for all
-            args = parse_args(argv)
-    else:
-        args = parse_args(argv)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        line = f"rank {rank}: {line}"
+    print(f"train.py: {line}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         train(args, *start_ranks(args))
     except (TrainError, DataError, evaluation.EvalError) as error:
-        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error).strip().splitlines()[-1])
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        fail(f"lost another rank; the same command goes on from the last checkpoint in {args.out}")
     finally:
         end_loading()
         if dist.is_initialized():
