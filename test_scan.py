@@ -1984,7 +1984,8 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, tmp_p
     assert_same_run(whole, cut)
 
 
-def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, monkeypatch, epoch):
     class Stop:
         calls = 0
 
@@ -1993,7 +1994,7 @@ def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, 
 
         def __call__(self):
             Stop.calls += 1
-            return Stop.calls == 9  # 4 steps and the end of epoch 0, 4 steps of epoch 1
+            return Stop.calls == (4, 9)[epoch]  # after each of 4 steps, and at the end of an epoch
 
     small("vit_tiny", tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -2001,7 +2002,7 @@ def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, 
         patch.setattr(train, "evaluate", die)
         small("vit_tiny", tmp_path / "cut")
     checkpoint = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
-    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 4)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (epoch, 4)
     small("vit_tiny", tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -2074,7 +2075,10 @@ def rank_runs_and_dies(rank, world, ports, folder):
         small(out.parent.name, out, "--batch-size 12 --save-every 2 --epochs 6")
 
     for arch in ("vit_tiny", "rn50"):
+        evaluated, evaluate = [], train.evaluate
+        train.evaluate = lambda model, *args, e=evaluate, s=evaluated: (e(model, *args), s.append(model))[0]
         run(folder / arch / "whole")
+        train.evaluate = evaluate
         for name, number in (("forward_backward", 17), ("evaluate", 1)):
             function = getattr(train, name)
             setattr(train, name, at_call(number, "after", die, function))
@@ -2083,7 +2087,8 @@ def rank_runs_and_dies(rank, world, ports, folder):
             setattr(train, name, function)
         run(folder / arch / "cut")
 
-    said = []
+    statistics = [float(x.double().sum()) for x in evaluated[-1].buffers()]  # as of the last evaluation
+    said = [statistics]
     train.fail = said.append
     run(folder / "vit_tiny" / ("whole" if rank == 0 else "elsewhere"))  # where this rank finds no checkpoint
     inputs = data.Pairs.inputs
@@ -2109,6 +2114,7 @@ def test_three_ranks_go_on_exactly_and_agree(tmp_path):
     sampler.set_epoch(0, torch.arange(72))
     bad = list(sampler)[0][2]  # of rank 1
     for rank in range(3):
-        other, spoilt = json.loads((tmp_path / f"said{rank}.json").read_text())
+        statistics, other, spoilt = json.loads((tmp_path / f"said{rank}.json").read_text())
+        assert statistics == json.loads((tmp_path / "said0.json").read_text())[0] != []
         assert "disagree on the checkpoint" in other
         assert f"step 1, from samples [{bad}]" in spoilt, "every rank names the sample of rank 1"
