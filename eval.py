@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -531,6 +532,9 @@ def make_coreset(runs, prune):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)  # rank 0 speaks for all, and torchrun then ends them
+            self.exit(2)
         self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage before it
 
 

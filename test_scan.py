@@ -1344,9 +1344,9 @@ BAD_VALUES = {  # every flag of train.py; ANY: what is wrong with it shows when 
     "--rho-ill": SHARE + " 0.8", "--t-cos": NATURAL, "--warmup-threshold": "nan inf x",
     "--warmup-rule": "what", "--keep": ANY, "--epochs": NATURAL, "--batch-size": NATURAL + " 1",
     "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99",
-    "--image-size": NATURAL + " 33",
+    "--image-size": NATURAL + " 33 4112",
     "--precision": "fp16", "--compile": "maybe", "--device": "tpu",
-    "--crop-min": SHARE + " 0", "--workers": COUNT,
+    "--crop-min": SHARE + " 0", "--workers": COUNT + " 1025",
     "--eval-every": COUNT,
     "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT, "--vocab": ANY, "--out": ANY,
 }  # fmt: skip
@@ -1899,3 +1899,288 @@ def test_no_pickle_is_ever_executed(tmp_path):
     with pytest.raises(train.TrainError, match="--keep"):
         train.read_keep(str(tmp_path / "keep.npy"), 3)
     assert not mark.exists()
+
+
+# ---------------------------------------------------------------- stopping, and dying where it hurts
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_saves_too(tmp_path, number):
+    """As Ctrl-C and schedulers send it: to the loading processes as well, which are needed until the end."""
+    command = [sys.executable, *SMALL, "--epochs", "100", "--workers", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    for text in process.stdout:
+        if text.startswith("epoch   0"):
+            break
+    os.killpg(process.pid, number)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and rest.splitlines()[-1].startswith("stopped"), rest
+
+
+@slow
+def test_a_failing_run_does_not_wait_for_its_loading_processes(tmp_path):
+    bug = "import sys, train\ntrain.refuse_non_finite = None\ntrain.main(sys.argv[1:])"
+    flags = [*SMALL[1:], "--epochs", "1", "--workers", "2", "--out", str(tmp_path)]
+    said = run("-c", bug, *flags, check=1, timeout=60).stderr
+    assert "not callable" in said and "killed" not in said
+
+
+class Killed(BaseException):
+    """No handler of train.py catches it: the files stay as SIGKILL leaves them."""
+
+
+TINY = (
+    "--data shapes:72 --val-data shapes:20 --batch-size 16 --epochs 9 --device cpu --workers 0 --eval-every 2"
+)
+TINY += " --warmup-threshold 9 --image-size "
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """-> run(arch, out, flags): train.main in this process, with models that take milliseconds a step."""
+    return make_small(monkeypatch.setitem)
+
+
+def make_small(setitem=dict.__setitem__):
+    tiny = {"vit_tiny": dict(width=64, layers=1, patch=16), "rn50": dict(width=16, layers=(1, 1, 1, 1))}
+    for arch, vision in tiny.items():
+        setitem(clip_model.ARCHS, arch, dict(embed_dim=32, vision=vision, text=(64, 1)))
+    sizes = dict(width=64, layers=1, heads=1, patch=16, hidden=32, dim=16)
+    setitem(train.moco.ARCHS, "moco_vit_tiny", sizes)
+
+    def run(arch, out, flags=""):
+        out.parent.mkdir(exist_ok=True)
+        vocab = out.parent / "vocab.gz"  # instead of 49408 hashed words
+        if not vocab.exists():
+            vocab.write_bytes(gzip.compress(b"version\na </w>\n", mtime=0))
+        text = "" if arch.startswith("moco") else f"--vocab {vocab}"
+        size = 32 if arch == "rn50" else 16
+        train.main(f"--arch {arch} {TINY} {size} {text} --out {out} {flags}".split())
+
+    return run
+
+
+def at_call(number, when, action, function):
+    """`function`, but around its call number `number` there is `action`: when is "before" or "after" it."""
+    calls = []
+
+    def wrapped(*args, **options):
+        calls.append(0)
+        if len(calls) == number and when == "before":
+            action()
+        result = function(*args, **options)
+        if len(calls) == number and when == "after":
+            action()
+        return result
+
+    return wrapped
+
+
+def die():
+    raise Killed
+
+
+def assert_same_run(one, other, epochs=9):
+    """Checkpoints and logs of two runs agree bit for bit, but for their times."""
+    log = without_times(one)
+    assert [r["epoch"] for r in log if r["event"] == "epoch"] == list(range(epochs))
+    assert log == without_times(other)
+    one, other = (torch.load(out / "last.pt", weights_only=True) for out in (one, other))
+    for part in ("model", "scan"):
+        for name, value in one[part].items():
+            same = value.equal(other[part][name]) if torch.is_tensor(value) else value == other[part][name]
+            assert same, f"{part} {name}"
+    for i, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert value.equal(other["optimizer"]["state"][i][name]), f"optimizer {i} {name}"
+
+
+# where one start of a run after the other dies: in which function, at which of its calls, before or after it
+MOMENTS = """save 1 before, save 1 after, forward_backward 5 before, add 1 before, add 1 after,
+evaluate 1 before, evaluate 1 after, fsync 1 before, end_epoch 1 before, end_epoch 1 after,
+begin_epoch 2 after, forward_backward 4 after, begin_epoch 2 after, replace 2 after, add 2 after,
+replace 3 before, replace 3 after, forward_backward 7 after, evaluate 1 after, evaluate 1 before,
+forward_backward 2 before, replace 4 after, evaluate 1 after, print_table 1 before"""
+OWNER = {"fsync": os, "replace": os, "add": train.Log, "begin_epoch": Scan, "end_epoch": Scan}
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
+@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny", "rn50"])
+def test_killed_at_any_moment_the_run_goes_on_exactly(small, tmp_path, monkeypatch, arch, save_every):
+    """In all stages, around the epoch's end, in evaluations, and while a checkpoint or the log is written."""
+    whole, cut, stages = tmp_path / "whole", tmp_path / "cut", set()
+    small(arch, whole)
+    for moment in MOMENTS.replace("\n", " ").split(", "):
+        name, number, when = moment.split()
+        owner = OWNER.get(name, train)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, at_call(int(number), when, die, getattr(owner, name)))
+            small(arch, cut, f"--save-every {save_every}")
+        checkpoint = train.load(cut, print)
+        stages |= {(checkpoint["scan"]["stage"], checkpoint["step"] > 0)} if checkpoint else set()
+    assert stages >= {(s, m) for s in ("warm-up", "preparation", "mutation") for m in (True, False)}, stages
+    small(arch, cut)
+    assert_same_run(whole, cut)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, tmp_path, monkeypatch):
+    """last.pt is damaged and prev.pt used; then the run dies between the two renamings of the next save."""
+    whole, cut, replace = tmp_path / "whole", tmp_path / "cut", os.replace
+
+    def dying(a, b):
+        if a.endswith("new.pt"):
+            die()
+        replace(a, b)
+
+    small("vit_tiny", whole)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save", at_call(6, "after", die, train.save))
+        small("vit_tiny", cut, "--save-every 1")
+    (cut / "last.pt").write_bytes(b"cut short")
+    with (cut / "log.jsonl").open("ab") as log:
+        log.write(b'{"event": "ep\xff\0')
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", dying)
+        small("vit_tiny", cut, "--save-every 1")
+    assert not (cut / "last.pt").exists() and train.load(cut, print)["epoch"] == 1
+    small("vit_tiny", cut)
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, monkeypatch, epoch):
+    class Stop:
+        calls = 0
+
+        def __init__(self, world):
+            pass
+
+        def __call__(self):
+            Stop.calls += 1
+            return Stop.calls == (4, 9)[epoch]  # after each of 4 steps, and at the end of an epoch
+
+    small("vit_tiny", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", Stop)
+        patch.setattr(train, "evaluate", die)
+        small("vit_tiny", tmp_path / "cut")
+    checkpoint = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (epoch, 4)
+    small("vit_tiny", tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("spoilt", ["gradient", "picture", "buffer"])
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_no_checkpoint_ever_holds_what_is_not_finite(
+    small, tmp_path, monkeypatch, capsys, spoilt, save_every
+):
+    """In step 7, the third of epoch 1; a checkpoint of step 7 would hold the spoilt weights."""
+    step, inputs, spoil = train.forward_backward, data.Pairs.inputs, []
+
+    def spoiling_step(model, *args):
+        result = step(model, *args)
+        spoil.append(0)
+        if len(spoil) == 7 and spoilt == "gradient":
+            next(model.parameters()).grad.view(-1)[0] = math.nan
+        if len(spoil) == 8 and spoilt == "buffer":  # of the epoch's last step: no loss ever tells
+            next(model.buffers()).view(-1)[0] = math.inf
+        return result
+
+    def spoilt_inputs(*args):
+        images, tokens = inputs(*args)
+        if len(spoil) == 6 and spoilt == "picture":
+            images[3, 0, 0, 0] = math.nan
+        return images, tokens
+
+    monkeypatch.setattr(train, "forward_backward", spoiling_step)
+    monkeypatch.setattr(data.Pairs, "inputs", staticmethod(spoilt_inputs))
+    with pytest.raises(SystemExit) as stop:
+        small("rn50" if spoilt == "buffer" else "vit_tiny", tmp_path / "out", f"--save-every {save_every}")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1 and "epoch 1" in said
+    assert ("weights" in said) == (spoilt == "buffer" or (spoilt == "gradient" and save_every == 1))
+    if spoilt == "picture":
+        sampler = ScanSampler(16)
+        sampler.set_epoch(1, torch.arange(72))
+        assert f"step 3, from samples [{list(sampler)[2][3]}]" in said
+    checkpoint = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    last = {"gradient": 2, "picture": 2, "buffer": 3}[spoilt]  # steps of epoch 1 before it
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, last if save_every else 0)
+    assert all(x.isfinite().all() for x in checkpoint["model"].values())
+    assert len(without_times(tmp_path / "out")) == 1  # epoch 0
+
+
+def test_an_out_that_cannot_be_written_is_said_at_once(capsys):
+    if not Path("/proc/self").exists():
+        pytest.skip("needs a folder where nobody may write")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL[1:], "--device", "cpu", "--out", "/proc"])
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 1 and said.count("\n") == 1 and "/proc/log.jsonl" in said and "cannot be" in said
+    )
+
+
+def test_only_the_built_in_data_are_shapes():
+    assert train.parse_args(["--data", "shapes-of-mine"]).val_data is None
+    assert train.parse_args(["--data", "shapes:128"]).val_data == "shapes"
+
+
+def rank_runs_and_dies(rank, world, ports, folder):
+    """Each model on `world` ranks: a run, and one that dies in mid-epoch and in an evaluation."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    small, ports = make_small(), iter(ports)
+
+    def run(out):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(ports))}
+        small(out.parent.name, out, "--batch-size 12 --save-every 2 --epochs 6")
+
+    for arch in ("vit_tiny", "rn50"):
+        evaluated, evaluate = [], train.evaluate
+        train.evaluate = lambda model, *args, e=evaluate, s=evaluated: (e(model, *args), s.append(model))[0]
+        run(folder / arch / "whole")
+        train.evaluate = evaluate
+        for name, number in (("forward_backward", 17), ("evaluate", 1)):
+            function = getattr(train, name)
+            setattr(train, name, at_call(number, "after", die, function))
+            with pytest.raises(Killed):
+                run(folder / arch / "cut")
+            setattr(train, name, function)
+        run(folder / arch / "cut")
+
+    statistics = [float(x.double().sum()) for x in evaluated[-1].buffers()]  # as of the last evaluation
+    said = [statistics]
+    train.fail = said.append
+    run(folder / "vit_tiny" / ("whole" if rank == 0 else "elsewhere"))  # where this rank finds no checkpoint
+    inputs = data.Pairs.inputs
+
+    def spoilt(*args):
+        images, tokens = inputs(*args)
+        images[2, 0, 0, 0] = math.nan if rank == 1 else 0
+        return images, tokens
+
+    data.Pairs.inputs = staticmethod(spoilt)
+    run(folder / "vit_tiny" / "spoilt")
+    (folder / f"said{rank}.json").write_text(json.dumps(said))
+
+
+@slow
+def test_three_ranks_go_on_exactly_and_agree(tmp_path):
+    """Which needs one order of gloo's sums, from three ranks on, and one rank's statistics in a ResNet."""
+    ports = [free_port() for _ in range(10)]  # a store of the run before may still listen
+    mp.start_processes(rank_runs_and_dies, (3, ports, tmp_path), 3, start_method="spawn")
+    for arch in ("vit_tiny", "rn50"):
+        assert_same_run(tmp_path / arch / "whole", tmp_path / arch / "cut", epochs=6)
+    sampler = ScanSampler(12, 1, 3)
+    sampler.set_epoch(0, torch.arange(72))
+    bad = list(sampler)[0][2]  # of rank 1
+    for rank in range(3):
+        statistics, other, spoilt = json.loads((tmp_path / f"said{rank}.json").read_text())
+        assert statistics == json.loads((tmp_path / "said0.json").read_text())[0] != []
+        assert "disagree on the checkpoint" in other
+        assert f"step 1, from samples [{bad}]" in spoilt, "every rank names the sample of rank 1"

@@ -17,15 +17,18 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections import deque
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -56,6 +59,8 @@ SHAPES_OF = {
     "moco_vit_b16": SHAPES | dict(image_size=32),
 }
 
+TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that indexes shards, or is gone without a word
+
 TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
 
 # a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
@@ -75,6 +80,9 @@ class TrainError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)  # rank 0 speaks for all, and torchrun then ends them
+            self.exit(2)
         self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage before it
 
 
@@ -151,7 +159,7 @@ def parse_args(argv=None):
     add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
     args = parser.parse_args(argv)
 
-    shapes, is_moco = args.data.startswith("shapes"), args.arch in moco.ARCHS
+    shapes, is_moco = args.data.partition(":")[0] == "shapes", args.arch in moco.ARCHS
     defaults = RECIPES[args.arch]
     if shapes:
         defaults = defaults | SHAPES_OF.get(args.arch, SHAPES)
@@ -182,6 +190,8 @@ def parse_args(argv=None):
         need(1 <= getattr(args, flag) < 2**31, flag, "at least 1")
     for flag in ("workers", "eval_every", "save_every", "seed"):
         need(0 <= getattr(args, flag) < 2**63, flag, "at least 0")
+    need(args.image_size <= 4096, "image_size", "at most 4096")
+    need(args.workers <= 1024, "workers", "at most 1024")
     need(0 < args.crop_min <= 1, "crop_min", "a share above 0")
     for flag in ("mismatch", "max_bad"):
         need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
@@ -234,7 +244,9 @@ def start_ranks(args):
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=world
+        )
     return rank, world, device
 
 
@@ -244,11 +256,13 @@ def mean_in_rank_order(_, bucket):
     Gloo's own order of summing depends on an element's place in its bucket, and DDP rearranges its buckets
     after the first step of a process.
     """
-    grad = bucket.buffer()
-    everyone = [torch.empty_like(grad) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, grad)
+    grad, world = bucket.buffer(), dist.get_world_size()
+    mine = F.pad(grad, (0, -len(grad) % world))
+    theirs = torch.empty_like(mine)
+    dist.all_to_all_single(theirs, mine)  # each rank sums a part
+    dist.all_gather_into_tensor(mine, functools.reduce(torch.add, theirs.chunk(world)) / world)
     done = torch.futures.Future()
-    done.set_result(functools.reduce(torch.add, everyone) / len(everyone))
+    done.set_result(mine[: len(grad)])
     return done
 
 
@@ -260,7 +274,7 @@ class StopSignal:
 
     def __init__(self, world):
         self.asked = False
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
         self.pending = None
         self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -419,7 +433,7 @@ def load(out, say):
         path = os.path.join(out, name)
         if os.path.exists(path):
             try:
-                checkpoint = evaluation.load_checkpoint(path)
+                checkpoint = evaluation.load_checkpoint(path) | {"path": path}
                 if damaged:
                     say(f"{damaged[0]} is damaged: going on from {path}")
                 return checkpoint
@@ -431,6 +445,10 @@ def load(out, say):
 
 
 def refuse_other_run(checkpoint, args, tokenizer, identity):
+    if checkpoint.get("version") != VERSION:
+        raise TrainError(
+            f"{checkpoint['path']}: not written by this version of train.py: choose another --out"
+        )
     for name in METHOD:
         before, now = checkpoint["args"].get(name), getattr(args, name)
         if before != now:
@@ -461,7 +479,7 @@ class Log:
     def __init__(self, out, epochs_done, lock):
         self.path, self.lock, self.records = os.path.join(out, "log.jsonl"), lock, []
         if os.path.exists(self.path) and epochs_done:
-            with open(self.path, encoding="utf-8") as file:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     with contextlib.suppress(ValueError):  # a line cut short by a kill
                         record = json.loads(line)
@@ -613,11 +631,16 @@ def train(args, rank, world, device):
     checkpoint = load(args.out, say)
     if checkpoint:
         refuse_other_run(checkpoint, args, text, identity)
+        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
+    check_ranks_agree("checkpoint in --out", torch.tensor([first_epoch, start_step]), device)
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scan.load_state_dict(checkpoint["scan"])
-        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
         totals, samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
+        if rank == 0 and checkpoint["path"].endswith("prev.pt"):
+            # else the next save would put a damaged last.pt in the place of this one
+            os.replace(checkpoint["path"], os.path.join(args.out, "last.pt"))
     log = Log(args.out, first_epoch, lock)
 
     bf16 = args.precision == "bf16" or (
@@ -630,7 +653,7 @@ def train(args, rank, world, device):
     module = torch.compile(model) if compiled else model
     if world > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-        if device.type == "cpu":
+        if device.type == "cpu" and world > 2:  # two summands have but one order
             module.register_comm_hook(None, mean_in_rank_order)
     sampler = ScanSampler(args.batch_size, rank, world, seed=args.seed)
     loader = DataLoader(
@@ -660,7 +683,7 @@ def train(args, rank, world, device):
 
     def write_checkpoint(epoch, step):
         totals["bad"] = union_over_ranks(totals["bad"])
-        if not all(p.isfinite().all() for p in model.parameters()):
+        if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
             raise TrainError(
                 f"weights not finite at epoch {epoch}, step {step}: stopped; {args.out} holds the checkpoint "
                 f"before it. A lower --lr or --precision fp32 may help"
@@ -681,7 +704,8 @@ def train(args, rank, world, device):
         steps = len(kept) // args.batch_size
         if steps:  # else, with all data marked (--prune 0.5), this epoch leaves nothing to train on
             sampler.set_epoch(epoch, kept, start_step)
-        rate = learning_rate(epoch, args)
+        last = epoch + 1 == args.epochs
+        evaluating = val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0))
 
         model.train()
         suspects = deque()  # steps whose losses the host has not looked at yet
@@ -721,11 +745,13 @@ def train(args, rank, world, device):
             if line.due():
                 line.show(progress_text(args, scan, totals, step, steps, a, b))
             stopping = stop()
-            if step < steps and (stopping or (args.save_every and step % args.save_every == 0)):
+            # before an evaluation too: it may take long, and be killed
+            due = (args.save_every and step % args.save_every == 0) or (evaluating and step == steps)
+            if stopping or due:
                 while suspects:
                     refuse_non_finite(suspects.popleft(), args.out)
                 write_checkpoint(epoch, step)
-            if stopping and step < steps:
+            if stopping:
                 line.clear()
                 say(f"stopped in epoch {epoch}, step {step} of {steps}; the same command goes on from here")
                 return
@@ -741,6 +767,7 @@ def train(args, rank, world, device):
         samples_seen += totals["samples"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
         record |= {"loss": round(scan.loss, 6) if steps else None}
+        rate = learning_rate(epoch + max(steps - 1, 0) / max(steps, 1), args)  # of the last step
         record |= {"kept": len(kept), "total": total, "candidates": len(scan.candidates), "lr": rate}
         record |= {"samples": totals["samples"], "samples_seen": samples_seen}
         record |= {name: round(totals[name], 3) for name in ("seconds", "data_seconds")}
@@ -754,8 +781,7 @@ def train(args, rank, world, device):
             f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  "
             f"loss {scan.loss:.4f}  {totals['seconds']:.1f} s" + (f"  {len(bad)} unreadable" if bad else "")
         )
-        last = epoch + 1 == args.epochs
-        if val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0)):
+        if evaluating:
             result = evaluate(model, tokenizer, dataset.source, val, device, args.workers)
             log.add({"event": "eval", "epoch": epoch} | result)
             say("    " + scores(result))
@@ -828,6 +854,9 @@ def read_keep(path, total):
 def evaluate(model, tokenizer, source, val, device, workers):
     """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN among 50,000 pictures of `source`."""
     model.eval()
+    if dist.is_initialized():  # batch statistics of the ResNets differ: take rank 0's, as the checkpoint does
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     if tokenizer is None:
         result = evaluation.knn(model, source, val, device, most=50_000, workers=workers)
     else:
@@ -837,9 +866,16 @@ def evaluate(model, tokenizer, source, val, device, workers):
 
 
 def ignore_signals(_):
-    """Ctrl-C reaches the loading processes too; the rank they belong to saves first, then ends them."""
+    """Ctrl-C and a scheduler's SIGTERM reach the loading processes too: their rank saves, then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_loading():
+    """Python would end the loading processes by SIGTERM, which they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader takes their end for a failure
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def to_host(tensor):
@@ -857,10 +893,10 @@ def refuse_non_finite(suspect, out):
     if event is not None:
         event.synchronize()  # a few steps old: it has long happened
     if not finite.all():
-        # one bad feature spoils the loss of every row, through the keys: name the rows of bad features
-        bad = ~finite[2] if finite[:2].all() else ~finite[:2].all(0)
+        # one bad feature spoils the loss of every row of every rank, through the keys: name its own row
+        bad = union_over_ranks(ids[~finite[:2].all(0)].tolist()) or union_over_ranks(ids[~finite[2]].tolist())
         raise TrainError(
-            f"loss not finite in epoch {epoch}, step {step}, from samples {ids[bad][:8].tolist()}: stopped; "
+            f"loss not finite in epoch {epoch}, step {step}, from samples {bad[:8]}: stopped; "
             f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
         )
 
@@ -895,20 +931,29 @@ def progress_text(args, scan, totals, step, steps, a, b):
     )
 
 
-def main(argv=None):
+def fail(line):
+    """Rank 0 speaks for all: torchrun then ends the others, unless the failure is theirs alone."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        sys.stderr.flush()
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # rank 0 speaks for all
-            args = parse_args(argv)
-    else:
-        args = parse_args(argv)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        line = f"rank {rank}: {line}"
+    print(f"train.py: {line}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         train(args, *start_ranks(args))
     except (TrainError, DataError, evaluation.EvalError) as error:
-        print(f"train.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error).strip().splitlines()[-1])
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        fail(f"lost another rank; the same command goes on from the last checkpoint in {args.out}")
     finally:
+        end_loading()
         if dist.is_initialized():
             dist.destroy_process_group()
 
