@@ -2120,9 +2120,7 @@ def test_an_out_that_cannot_be_written_is_said_at_once(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main([*SMALL[1:], "--device", "cpu", "--out", "/proc"])
     said = capsys.readouterr().err
-    assert (
-        stop.value.code == 1 and said.count("\n") == 1 and "/proc/log.jsonl" in said and "cannot be" in said
-    )
+    assert stop.value.code == 1 and said.count("\n") == 1 and "--out /proc" in said
 
 
 def test_only_the_built_in_data_are_shapes():
