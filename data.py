@@ -30,7 +30,6 @@ import re
 import stat
 import tarfile
 import unicodedata
-import warnings
 import zlib
 from array import array
 from pathlib import Path
@@ -43,10 +42,6 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
-
-warnings.filterwarnings(
-    "error", category=Image.DecompressionBombWarning
-)  # Pillow's size guard: refuse, not warn
 
 
 class DataError(Exception):
@@ -173,17 +168,33 @@ def pad(tokens):
 # ---------------------------------------------------------------- bytes to pictures
 
 
+# what Pillow may take bytes for: of its other formats some start programs (EPS), some match any text
+_FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
+_MOST_PIXELS = 1024**3 // 12  # of a 256 MB picture; above it Pillow warns of a bomb
+
+
 def decode(data, draft=None):
     """Bytes of an image file -> RGB picture, upright. draft: a JPEG may be decoded at 1/2, 1/4 .. of its
     size, if its sides stay at least `draft`. Alpha is laid on white; 16-bit grey is scaled to 8; of
     animations the first frame.
     """
-    picture = Image.open(io.BytesIO(data))
+    picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    short, long = sorted(picture.size)
+    if short * long > _MOST_PIXELS or long > 1000 * short:  # of a line, eval_transform would make a giant
+        raise ValueError(f"{picture.width} x {picture.height} pixels")
+    # Damage that Pillow draws without a word: a wrong checksum; zeros that a cut download or a crash left
+    if picture.format == "PNG":
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+    elif picture.format in ("JPEG", "MPO") and data.endswith(bytes(8)):
+        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+            raise ValueError("a JPEG that ends in zeros")
     if draft:
         picture.draft("RGB", (draft, draft))
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are not finite")
         top = 65535 if picture.mode.startswith("I") else max(float(values.max()), 1e-6)
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
