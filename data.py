@@ -14,6 +14,7 @@ Two map-style datasets read a source: `Pairs` gives images and tokens (CLIP), `V
 read and no decoding. Needs torch, torchvision, numpy and Pillow.
 """
 
+import codecs
 import contextlib
 import csv
 import functools
@@ -202,6 +203,18 @@ def decode(data, draft=None):
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+_LONGEST_CAPTION = 1 << 12  # bytes or characters: the 77 tokens take a few hundred, and BPE squares the rest
+
+
+def clean(caption):
+    """A caption, cut to what a tokenizer may need. ValueError for what is no text: NULs, half a character."""
+    caption = caption[:_LONGEST_CAPTION]
+    caption.encode()  # text from files with wrong bytes in it does not encode
+    if "\0" in caption:
+        raise ValueError("a NUL in the caption")
+    return caption
 
 
 def normalize(images, mean_std):
@@ -441,12 +454,15 @@ class Shapes:
         return hashlib.sha256(f"shapes {self.n} {self.size} {self.seed} {self.train}".encode()).hexdigest()
 
 
+_LARGEST = 1 << 29  # bytes of a picture's file; of a longer one the rest is missing, and no decoder takes it
+
+
 class Shards:
     """img2dataset / webdataset tar files, read by position: never extracted, never streamed.
 
     Each tar is indexed once; the index (byte offsets) is cached under $XDG_CACHE_HOME and belongs to one
-    size and modification time of the tar. A sample is a run of members of one key with an image and a .txt
-    (or a .json with "caption"). Links and folders in a tar are passed over.
+    state of the tar. A sample is a run of members of one key: an image (the first), and a .txt or a .json
+    with "caption", without which it can't be read. Links and folders in a tar are passed over.
     """
 
     images = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -462,14 +478,12 @@ class Shards:
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}") from None
             self.stamps.append((status.st_size, status.st_mtime_ns))
-        if captions:
-            tables = [table[(table[:, 3] >= 0) | (table[:, 5] >= 0)] for table in tables]
         self.first = np.cumsum([0] + [len(table) for table in tables])
         self.table = np.concatenate(
             tables
         )  # (N, 6): offset and size of image, .txt, .json; size -1 if absent
         self._files = {}
-        if not len(self.table):
+        if not len(self.table) or (captions and not (self.table[:, [3, 5]] >= 0).any()):
             what = "an image and a caption" if captions else "an image"
             raise DataError(f"{paths[0]}: no sample with {what} in {len(paths)} tar file(s)")
         if label_key:
@@ -481,8 +495,8 @@ class Shards:
     def __getstate__(self):
         return self.__dict__ | {"_files": {}}  # open files stay with their process
 
-    def _read(self, i, part, limit=None):
-        """Bytes of one member. part: 0 image, 1 text, 2 JSON."""
+    def _read(self, i, part, limit=_LARGEST):
+        """Bytes of one member, the first `limit` of them. part: 0 image, 1 text, 2 JSON."""
         shard = int(np.searchsorted(self.first, i, side="right")) - 1
         if shard not in self._files:
             if len(self._files) >= 128:
@@ -495,9 +509,12 @@ class Shards:
                 f"{self.paths[shard]}: changed since it was indexed; start again to index it anew"
             )
         offset, size = (int(x) for x in self.table[i, 2 * part : 2 * part + 2])
-        data = os.pread(file, min(size, limit or size), offset)
-        while len(data) < min(size, limit or size):  # pread may return less, at most 2 GiB at a time
-            more = os.pread(file, min(size, limit or size) - len(data), offset + len(data))
+        if size < 0:
+            raise ValueError("an image without a caption")
+        size = min(size, limit)
+        data = os.pread(file, size, offset)
+        while len(data) < size:  # pread may return less
+            more = os.pread(file, size - len(data), offset + len(data))
             if not more:
                 raise DataError(f"{self.paths[shard]}: ends before the member at byte {offset}")
             data += more
@@ -508,15 +525,17 @@ class Shards:
 
     def caption(self, i):
         if self.table[i, 3] >= 0:
-            return self._read(i, 1, limit=1 << 16).decode("utf-8", "replace")
+            content = self._read(i, 1, _LONGEST_CAPTION)  # perhaps cut within a character: not "final"
+            decoder = codecs.getincrementaldecoder("utf-8-sig")()
+            return clean(decoder.decode(content, final=len(content) < _LONGEST_CAPTION))
         caption = self.meta(i)["caption"]
         if not isinstance(caption, str):
             raise ValueError(f"the caption in its .json is {type(caption).__name__}, not text")
-        return caption[: 1 << 16]
+        return clean(caption)
 
     def meta(self, i):
         """The sample's JSON."""
-        return json.loads(self._read(i, 2))
+        return json.loads(self._read(i, 2, limit=1 << 22))
 
     def _label(self, i, key):
         try:
@@ -536,7 +555,7 @@ class Shards:
 def _tar_index(path, status):
     """(n, 6) int64 byte ranges of a tar's samples, from the cache or from the tar itself."""
     key = hashlib.sha256(
-        f"3 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}".encode()
+        f"4 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
     ).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan" / f"{key}.npy"
     try:
@@ -546,11 +565,11 @@ def _tar_index(path, status):
     except (OSError, ValueError, EOFError, IndexError):
         pass
 
-    rows, row, last_key, parts = [], None, None, set()
+    rows, row, last_key = [], None, None
     try:
         if not os.path.isfile(path):
             raise ValueError("not a regular file")
-        with tarfile.open(path, "r:") as tar:
+        with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # else tarfile keeps every header it has seen
                 if member.size < 0:
@@ -563,15 +582,18 @@ def _tar_index(path, status):
                 part = 0 if extension in Shards.images else {"txt": 1, "json": 2}.get(extension)
                 if part is None:
                     continue
-                if (folder, key) != last_key or part in parts:
-                    row, last_key, parts = [0, -1, 0, -1, 0, -1], (folder, key), set()
+                if (folder, key) != last_key:
+                    row, last_key = [0, -1, 0, -1, 0, -1], (folder, key)
                     rows.append(row)
-                row[2 * part : 2 * part + 2] = member.offset_data, member.size
-                parts.add(part)
-            tail = os.pread(tar.fileobj.fileno(), _LONGEST_TAIL + 1, tar.offset)
+                if row[2 * part + 1] < 0:
+                    row[2 * part : 2 * part + 2] = member.offset_data, member.size
+            tail = os.pread(file.fileno(), _LONGEST_TAIL + 1, tar.offset)
             if not tail or tail.strip(b"\0") or len(tail) > _LONGEST_TAIL:
                 raise ValueError(f"no end mark, but something else, at byte {tar.offset}")
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever tarfile makes of broken headers
+        error = str(error) or type(error).__name__
         raise DataError(f"{path}: not a whole tar file ({error}); fetch it again, or leave it out") from None
     table = np.array([r for r in rows if r[1] >= 0], dtype=np.int64).reshape(-1, 6)
     if not _in_file(table, status.st_size):
@@ -585,6 +607,15 @@ def _tar_index(path, status):
             np.save(file, np.vstack([table, _digest(table)]), allow_pickle=False)
         os.replace(temporary, cache)
     return table
+
+
+class _Headers(io.FileIO):
+    """A tar for tarfile to read headers from: else it reads, and searches, as much as they claim to have."""
+
+    def read(self, size):
+        if not 0 <= size <= 1 << 15:
+            raise ValueError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 # A tar ends in zeros: two blocks of 512, filled up to a record (10 KiB if not told otherwise).
@@ -606,7 +637,7 @@ def _read_file(path):
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("not a regular file")
-        return file.read()
+        return file.read(_LARGEST)
 
 
 class Table:
@@ -664,7 +695,7 @@ class Table:
         return decode(_read_file(self.where(i)), draft)
 
     def caption(self, i):
-        return self.captions[i][: 1 << 16]
+        return clean(self.captions[i])
 
     def same_images(self):
         """Rows of one path are captions of one image -> (ids of the images, image (N,) of each row)."""
