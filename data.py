@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
@@ -539,7 +539,10 @@ class Shards:
 
     def _label(self, i, key):
         try:
-            return str(self.meta(i)[key])
+            label = self.meta(i)[key]
+            if not isinstance(label, str | int):
+                raise TypeError
+            return str(label)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{self.where(i)}: no {key!r} in its .json, or no .json") from None
 
@@ -640,6 +643,9 @@ def _read_file(path):
         return file.read(_LARGEST)
 
 
+_END = "\x03 end of the table"
+
+
 class Table:
     """A CSV or TSV file with a column of image paths (relative to the file) and one of captions."""
 
@@ -651,15 +657,16 @@ class Table:
             raise DataError(f"{path}: not a regular file")
         csv.field_size_limit(1 << 26)
         try:
-            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-                header = file.readline()
+            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                header = file.readline(1 << 16)
             headers = {d: next(csv.reader([header], delimiter=d), []) for d in ",\t;|"}
             needed = {image_key, caption_key} if captions else {image_key}
             fitting = [d for d, names in headers.items() if needed <= set(names)]
             if not fitting:
+                found = str(max(headers.values(), key=len))[:500]
                 raise DataError(
                     f"{path}: no columns {image_key!r} and {caption_key!r} in "
-                    f"{max(headers.values(), key=len)}; name yours with --img-key and --caption-key. "
+                    f"{found}; name yours with --img-key and --caption-key. "
                     f"Three lines for example: "
                     f"{image_key},{caption_key} / images/1.jpg,a red car / images/2.jpg,two dogs"
                 )
@@ -672,15 +679,22 @@ class Table:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}") from None
         except csv.Error as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{path}: {error}; is a quote opened and never closed?") from None
         if not len(self.images):
             raise DataError(f"{path}: no rows below the header")
 
     def _column(self, key, delimiter):
-        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter)
-            header = next(rows)
+        # paths keep the bytes that are not UTF-8, by surrogates; in captions `clean` finds them
+        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            # a last line of ours: an open quote would make one caption of all lines after it
+            rows = csv.reader(itertools.chain(file, [_END + delimiter + _END]), delimiter=delimiter)
+            header, opened = next(rows), 1
             for row in rows:
+                if row == [_END, _END]:
+                    return
+                if row and row[-1].endswith(_END):
+                    raise DataError(f"{self.path}, line {opened + 1}: a quote is opened and never closed")
+                opened = rows.line_num
                 if row and len(row) != len(header):
                     raise DataError(
                         f"{self.path}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}"
@@ -711,6 +725,27 @@ class Table:
         return hashlib.sha256(self.images.digest() + captions).hexdigest()
 
 
+def _pictures(folder):
+    """Paths of the pictures below a class folder, in ImageFolder's order.
+
+    A folder that links lead to twice counts once: a link to one above would repeat its pictures without end.
+    """
+
+    def refuse(error):  # else a folder that can't be listed would be left out without a word
+        raise error
+
+    seen, paths = set(), []
+    for path, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort()
+        place = os.path.realpath(path)
+        if place in seen:
+            folders.clear()
+        else:
+            paths += [os.path.join(path, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        seen.add(place)
+    return sorted(paths, key=os.path.split)
+
+
 class Tree:
     """Class folders, as in torchvision's ImageFolder; of DIR/train and DIR/val, `split` where they exist.
 
@@ -722,14 +757,18 @@ class Tree:
     def __init__(self, root, split="train", captions=True):
         root = os.path.join(root, split) if os.path.isdir(os.path.join(root, split)) else root
         try:
-            tree = ImageFolder(root, allow_empty=True)
-            self.classes, self.labels = tree.classes, np.array(tree.targets)
-            paths = [path for path, _ in tree.samples]
-        except OSError as error:  # of which FileNotFoundError: no class folders
-            files = sorted(entry.path for entry in os.scandir(root) if entry.is_file())
-            paths = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
-            if captions or not paths:
-                raise DataError(f"{root}: no class folders with pictures in it ({error})") from None
+            entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+            classes = [entry.name for entry in entries if entry.is_dir()]
+            files = [_pictures(os.path.join(root, name)) for name in classes]
+            paths = list(itertools.chain.from_iterable(files))
+            if classes:
+                self.classes, self.labels = classes, np.repeat(range(len(files)), [len(f) for f in files])
+            else:
+                paths = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+        except OSError as error:
+            raise DataError(f"{error.filename or root}: {error.strerror or error}") from None
+        if not classes and (captions or not paths):
+            raise DataError(f"{root}: no class folders with pictures in it")
         if not paths:
             raise DataError(f"{root}: no pictures in its class folders ({', '.join(self.classes[:5])} ...)")
         self.root, self.images = root, Strings(os.path.relpath(path, root) for path in paths)
