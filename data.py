@@ -14,6 +14,7 @@ Two map-style datasets read a source: `Pairs` gives images and tokens (CLIP), `V
 read and no decoding. Needs torch, torchvision, numpy and Pillow.
 """
 
+import codecs
 import contextlib
 import csv
 import functools
@@ -30,7 +31,6 @@ import re
 import stat
 import tarfile
 import unicodedata
-import warnings
 import zlib
 from array import array
 from pathlib import Path
@@ -40,13 +40,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
-
-warnings.filterwarnings(
-    "error", category=Image.DecompressionBombWarning
-)  # Pillow's size guard: refuse, not warn
 
 
 class DataError(Exception):
@@ -173,17 +169,33 @@ def pad(tokens):
 # ---------------------------------------------------------------- bytes to pictures
 
 
+# what Pillow may take bytes for: of its other formats some start programs (EPS), some match any text
+_FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
+_MOST_PIXELS = 1024**3 // 12  # of a 256 MB picture; above it Pillow warns of a bomb
+
+
 def decode(data, draft=None):
     """Bytes of an image file -> RGB picture, upright. draft: a JPEG may be decoded at 1/2, 1/4 .. of its
     size, if its sides stay at least `draft`. Alpha is laid on white; 16-bit grey is scaled to 8; of
     animations the first frame.
     """
-    picture = Image.open(io.BytesIO(data))
+    picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    short, long = sorted(picture.size)
+    if short * long > _MOST_PIXELS or long > 1000 * short:  # of a line, eval_transform would make a giant
+        raise ValueError(f"{picture.width} x {picture.height} pixels")
+    # Damage that Pillow draws without a word: a wrong checksum; zeros that a cut download or a crash left
+    if picture.format == "PNG":
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+    elif picture.format in ("JPEG", "MPO") and data.endswith(bytes(8)):
+        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+            raise ValueError("a JPEG that ends in zeros")
     if draft:
         picture.draft("RGB", (draft, draft))
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are not finite")
         top = 65535 if picture.mode.startswith("I") else max(float(values.max()), 1e-6)
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -191,6 +203,18 @@ def decode(data, draft=None):
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+_LONGEST_CAPTION = 1 << 12  # bytes or characters: the 77 tokens take a few hundred, and BPE squares the rest
+
+
+def clean(caption):
+    """A caption, cut to what a tokenizer may need. ValueError for what is no text: NULs, half a character."""
+    caption = caption[:_LONGEST_CAPTION]
+    caption.encode()  # text from files with wrong bytes in it does not encode
+    if "\0" in caption:
+        raise ValueError("a NUL in the caption")
+    return caption
 
 
 def normalize(images, mean_std):
@@ -430,12 +454,15 @@ class Shapes:
         return hashlib.sha256(f"shapes {self.n} {self.size} {self.seed} {self.train}".encode()).hexdigest()
 
 
+_LARGEST = 1 << 29  # bytes of a picture's file; of a longer one the rest is missing, and no decoder takes it
+
+
 class Shards:
     """img2dataset / webdataset tar files, read by position: never extracted, never streamed.
 
     Each tar is indexed once; the index (byte offsets) is cached under $XDG_CACHE_HOME and belongs to one
-    size and modification time of the tar. A sample is a run of members of one key with an image and a .txt
-    (or a .json with "caption"). Links and folders in a tar are passed over.
+    state of the tar. A sample is a run of members of one key: an image (the first), and a .txt or a .json
+    with "caption", without which it can't be read. Links and folders in a tar are passed over.
     """
 
     images = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -451,14 +478,12 @@ class Shards:
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}") from None
             self.stamps.append((status.st_size, status.st_mtime_ns))
-        if captions:
-            tables = [table[(table[:, 3] >= 0) | (table[:, 5] >= 0)] for table in tables]
         self.first = np.cumsum([0] + [len(table) for table in tables])
         self.table = np.concatenate(
             tables
         )  # (N, 6): offset and size of image, .txt, .json; size -1 if absent
         self._files = {}
-        if not len(self.table):
+        if not len(self.table) or (captions and not (self.table[:, [3, 5]] >= 0).any()):
             what = "an image and a caption" if captions else "an image"
             raise DataError(f"{paths[0]}: no sample with {what} in {len(paths)} tar file(s)")
         if label_key:
@@ -470,8 +495,8 @@ class Shards:
     def __getstate__(self):
         return self.__dict__ | {"_files": {}}  # open files stay with their process
 
-    def _read(self, i, part, limit=None):
-        """Bytes of one member. part: 0 image, 1 text, 2 JSON."""
+    def _read(self, i, part, limit=_LARGEST):
+        """Bytes of one member, the first `limit` of them. part: 0 image, 1 text, 2 JSON."""
         shard = int(np.searchsorted(self.first, i, side="right")) - 1
         if shard not in self._files:
             if len(self._files) >= 128:
@@ -484,9 +509,12 @@ class Shards:
                 f"{self.paths[shard]}: changed since it was indexed; start again to index it anew"
             )
         offset, size = (int(x) for x in self.table[i, 2 * part : 2 * part + 2])
-        data = os.pread(file, min(size, limit or size), offset)
-        while len(data) < min(size, limit or size):  # pread may return less, at most 2 GiB at a time
-            more = os.pread(file, min(size, limit or size) - len(data), offset + len(data))
+        if size < 0:
+            raise ValueError("an image without a caption")
+        size = min(size, limit)
+        data = os.pread(file, size, offset)
+        while len(data) < size:  # pread may return less
+            more = os.pread(file, size - len(data), offset + len(data))
             if not more:
                 raise DataError(f"{self.paths[shard]}: ends before the member at byte {offset}")
             data += more
@@ -497,19 +525,24 @@ class Shards:
 
     def caption(self, i):
         if self.table[i, 3] >= 0:
-            return self._read(i, 1, limit=1 << 16).decode("utf-8", "replace")
+            content = self._read(i, 1, _LONGEST_CAPTION)  # perhaps cut within a character: not "final"
+            decoder = codecs.getincrementaldecoder("utf-8-sig")()
+            return clean(decoder.decode(content, final=len(content) < _LONGEST_CAPTION))
         caption = self.meta(i)["caption"]
         if not isinstance(caption, str):
             raise ValueError(f"the caption in its .json is {type(caption).__name__}, not text")
-        return caption[: 1 << 16]
+        return clean(caption)
 
     def meta(self, i):
         """The sample's JSON."""
-        return json.loads(self._read(i, 2))
+        return json.loads(self._read(i, 2, limit=1 << 22))
 
     def _label(self, i, key):
         try:
-            return str(self.meta(i)[key])
+            label = self.meta(i)[key]
+            if not isinstance(label, str | int):
+                raise TypeError
+            return str(label)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{self.where(i)}: no {key!r} in its .json, or no .json") from None
 
@@ -525,7 +558,7 @@ class Shards:
 def _tar_index(path, status):
     """(n, 6) int64 byte ranges of a tar's samples, from the cache or from the tar itself."""
     key = hashlib.sha256(
-        f"3 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}".encode()
+        f"4 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
     ).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan" / f"{key}.npy"
     try:
@@ -535,11 +568,11 @@ def _tar_index(path, status):
     except (OSError, ValueError, EOFError, IndexError):
         pass
 
-    rows, row, last_key, parts = [], None, None, set()
+    rows, row, last_key = [], None, None
     try:
         if not os.path.isfile(path):
             raise ValueError("not a regular file")
-        with tarfile.open(path, "r:") as tar:
+        with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # else tarfile keeps every header it has seen
                 if member.size < 0:
@@ -552,15 +585,18 @@ def _tar_index(path, status):
                 part = 0 if extension in Shards.images else {"txt": 1, "json": 2}.get(extension)
                 if part is None:
                     continue
-                if (folder, key) != last_key or part in parts:
-                    row, last_key, parts = [0, -1, 0, -1, 0, -1], (folder, key), set()
+                if (folder, key) != last_key:
+                    row, last_key = [0, -1, 0, -1, 0, -1], (folder, key)
                     rows.append(row)
-                row[2 * part : 2 * part + 2] = member.offset_data, member.size
-                parts.add(part)
-            tail = os.pread(tar.fileobj.fileno(), _LONGEST_TAIL + 1, tar.offset)
+                if row[2 * part + 1] < 0:
+                    row[2 * part : 2 * part + 2] = member.offset_data, member.size
+            tail = os.pread(file.fileno(), _LONGEST_TAIL + 1, tar.offset)
             if not tail or tail.strip(b"\0") or len(tail) > _LONGEST_TAIL:
                 raise ValueError(f"no end mark, but something else, at byte {tar.offset}")
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever tarfile makes of broken headers
+        error = str(error) or type(error).__name__
         raise DataError(f"{path}: not a whole tar file ({error}); fetch it again, or leave it out") from None
     table = np.array([r for r in rows if r[1] >= 0], dtype=np.int64).reshape(-1, 6)
     if not _in_file(table, status.st_size):
@@ -574,6 +610,15 @@ def _tar_index(path, status):
             np.save(file, np.vstack([table, _digest(table)]), allow_pickle=False)
         os.replace(temporary, cache)
     return table
+
+
+class _Headers(io.FileIO):
+    """A tar for tarfile to read headers from: else it reads, and searches, as much as they claim to have."""
+
+    def read(self, size):
+        if not 0 <= size <= 1 << 15:
+            raise ValueError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 # A tar ends in zeros: two blocks of 512, filled up to a record (10 KiB if not told otherwise).
@@ -595,7 +640,10 @@ def _read_file(path):
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("not a regular file")
-        return file.read()
+        return file.read(_LARGEST)
+
+
+_END = "\x03 end of the table"
 
 
 class Table:
@@ -609,15 +657,16 @@ class Table:
             raise DataError(f"{path}: not a regular file")
         csv.field_size_limit(1 << 26)
         try:
-            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-                header = file.readline()
+            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                header = file.readline(1 << 16)
             headers = {d: next(csv.reader([header], delimiter=d), []) for d in ",\t;|"}
             needed = {image_key, caption_key} if captions else {image_key}
             fitting = [d for d, names in headers.items() if needed <= set(names)]
             if not fitting:
+                found = str(max(headers.values(), key=len))[:500]
                 raise DataError(
                     f"{path}: no columns {image_key!r} and {caption_key!r} in "
-                    f"{max(headers.values(), key=len)}; name yours with --img-key and --caption-key. "
+                    f"{found}; name yours with --img-key and --caption-key. "
                     f"Three lines for example: "
                     f"{image_key},{caption_key} / images/1.jpg,a red car / images/2.jpg,two dogs"
                 )
@@ -630,15 +679,22 @@ class Table:
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}") from None
         except csv.Error as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{path}: {error}; is a quote opened and never closed?") from None
         if not len(self.images):
             raise DataError(f"{path}: no rows below the header")
 
     def _column(self, key, delimiter):
-        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter)
-            header = next(rows)
+        # paths keep the bytes that are not UTF-8, by surrogates; in captions `clean` finds them
+        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            # a last line of ours: an open quote would make one caption of all lines after it
+            rows = csv.reader(itertools.chain(file, [_END + delimiter + _END]), delimiter=delimiter)
+            header, opened = next(rows), 1
             for row in rows:
+                if row == [_END, _END]:
+                    return
+                if row and row[-1].endswith(_END):
+                    raise DataError(f"{self.path}, line {opened + 1}: a quote is opened and never closed")
+                opened = rows.line_num
                 if row and len(row) != len(header):
                     raise DataError(
                         f"{self.path}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}"
@@ -653,7 +709,7 @@ class Table:
         return decode(_read_file(self.where(i)), draft)
 
     def caption(self, i):
-        return self.captions[i][: 1 << 16]
+        return clean(self.captions[i])
 
     def same_images(self):
         """Rows of one path are captions of one image -> (ids of the images, image (N,) of each row)."""
@@ -669,6 +725,27 @@ class Table:
         return hashlib.sha256(self.images.digest() + captions).hexdigest()
 
 
+def _pictures(folder):
+    """Paths of the pictures below a class folder, in ImageFolder's order.
+
+    A folder that links lead to twice counts once: a link to one above would repeat its pictures without end.
+    """
+
+    def refuse(error):  # else a folder that can't be listed would be left out without a word
+        raise error
+
+    seen, paths = set(), []
+    for path, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort()
+        place = os.path.realpath(path)
+        if place in seen:
+            folders.clear()
+        else:
+            paths += [os.path.join(path, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        seen.add(place)
+    return sorted(paths, key=os.path.split)
+
+
 class Tree:
     """Class folders, as in torchvision's ImageFolder; of DIR/train and DIR/val, `split` where they exist.
 
@@ -680,14 +757,18 @@ class Tree:
     def __init__(self, root, split="train", captions=True):
         root = os.path.join(root, split) if os.path.isdir(os.path.join(root, split)) else root
         try:
-            tree = ImageFolder(root, allow_empty=True)
-            self.classes, self.labels = tree.classes, np.array(tree.targets)
-            paths = [path for path, _ in tree.samples]
-        except OSError as error:  # of which FileNotFoundError: no class folders
-            files = sorted(entry.path for entry in os.scandir(root) if entry.is_file())
-            paths = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
-            if captions or not paths:
-                raise DataError(f"{root}: no class folders with pictures in it ({error})") from None
+            entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+            classes = [entry.name for entry in entries if entry.is_dir()]
+            files = [_pictures(os.path.join(root, name)) for name in classes]
+            paths = list(itertools.chain.from_iterable(files))
+            if classes:
+                self.classes, self.labels = classes, np.repeat(range(len(files)), [len(f) for f in files])
+            else:
+                paths = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+        except OSError as error:
+            raise DataError(f"{error.filename or root}: {error.strerror or error}") from None
+        if not classes and (captions or not paths):
+            raise DataError(f"{root}: no class folders with pictures in it")
         if not paths:
             raise DataError(f"{root}: no pictures in its class folders ({', '.join(self.classes[:5])} ...)")
         self.root, self.images = root, Strings(os.path.relpath(path, root) for path in paths)
