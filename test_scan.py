@@ -2221,3 +2221,33 @@ def test_three_ranks_go_on_exactly_and_agree(tmp_path):
         assert statistics == json.loads((tmp_path / "said0.json").read_text())[0] != []
         assert "disagree on the checkpoint" in other
         assert f"step 1, from samples [{bad}]" in spoilt, "every rank names the sample of rank 1"
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_nobody_waits_for_a_lost_rank_for_ever(tmp_path, number):
+    """Without torchrun, which would end it: one is killed, or falls silent as on a host that is gone."""
+    script = "import sys, train\ntrain.TIMEOUT *= 12 / train.TIMEOUT.seconds\ntrain.main(sys.argv[1:])"
+    command = [sys.executable, "-c", script, *SMALL[1:], "--epochs", "1000", "--out", str(tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command, cwd=HERE, env=env | {"RANK": str(rank)}, text=True, start_new_session=True,
+            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for text in ranks[0].stdout:
+            if text.startswith("epoch   0"):
+                break
+        ranks[1].send_signal(number)
+        said = ranks[0].communicate(timeout=60)[1].splitlines()
+        ours = [line for line in said if line.startswith("train.py:")]
+        assert ranks[0].returncode == 1 and len(ours) == 1 and "lost another rank" in ours[0], said
+        assert not any("Traceback" in line for line in said)
+    finally:
+        for process in ranks:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            process.wait()
