@@ -62,10 +62,14 @@ def tokenizer_for(vocab):
 def load_checkpoint(path):
     """A dict of tensors and plain values: nothing in the file is executed, and damage to it is noticed."""
     try:
-        if zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"  # what torch goes by
+        if zipped:
             with zipfile.ZipFile(path) as file:
                 if file.testzip() is not None:  # torch writes checksums, but does not look at them
                     raise ValueError("a checksum is wrong")
+                if any(entry.external_attr & 0x10 for entry in file.infolist()):
+                    raise ValueError("a tensor is marked as a folder")  # torch would leave it unset
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise EvalError(f"{path}: {error.strerror or error}") from None

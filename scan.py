@@ -193,11 +193,9 @@ class Scan:
         self.rho_red = prune if rho_red is None else rho_red
         self.rho_ill = prune if rho_ill is None else rho_ill
         self.t_cos, self.threshold, self.rule, self.seed = t_cos, threshold, rule, seed
-        _check_ratios(self.rho_red, self.rho_ill)
-        (
-            prune_ratio(0, t_cos),
-            warmed_up(1.0, 1.0, threshold, rule),
-        )  # refuse bad settings now, not epochs later
+        _check_ratios(self.rho_red, self.rho_ill)  # refuse bad settings now, not epochs later
+        prune_ratio(0, t_cos)
+        warmed_up(1.0, 1.0, threshold, rule)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
 
@@ -205,10 +203,8 @@ class Scan:
         self.epoch, self.open, self.step = None, False, 0  # open: between begin_epoch and end_epoch
         self.first_preparation = None  # epoch; None until warmed up
         self.loss = math.nan
-        self.loss_sum, self.loss_count = (
-            torch.zeros((), dtype=torch.float64),
-            torch.zeros((), dtype=torch.int64),
-        )
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.loss_count = torch.zeros((), dtype=torch.int64)
         # One flag per sample, and a spare place at the end that takes the writes of unmarked samples.
         self.redundant = torch.zeros(num_samples + 1, dtype=torch.bool)
         self.ill_matched = torch.zeros(num_samples + 1, dtype=torch.bool)
@@ -333,10 +329,11 @@ class ScanSampler:
     """
 
     def __init__(self, global_batch_size, rank=None, world_size=None, seed=0):
-        self.rank = (dist.get_rank() if _distributed() else 0) if rank is None else rank
-        self.world_size = (
-            (dist.get_world_size() if _distributed() else 1) if world_size is None else world_size
-        )
+        if rank is None:
+            rank = dist.get_rank() if _distributed() else 0
+        if world_size is None:
+            world_size = dist.get_world_size() if _distributed() else 1
+        self.rank, self.world_size = rank, world_size
         self.global_batch_size, self.seed = global_batch_size, seed
         self._ids, self._steps = None, None
         if not 0 <= self.rank < self.world_size:

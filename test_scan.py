@@ -1896,16 +1896,32 @@ def test_fuzzed_checkpoints_are_whole_or_fall_back(tmp_path):
 
     train.save(tmp_path, state(1)), train.save(tmp_path, state(2))
     original = (tmp_path / "last.pt").read_bytes()
-    outcomes = {1: 0, 2: 0}
-    for seed in range(1500 * FUZZ):
-        (tmp_path / "last.pt").write_bytes(mutate(original, np.random.default_rng(seed)))
+    outcomes, folders = {1: 0, 2: 0}, []
+    for at in range(
+        original.index(b"PK\x01\x02"), len(original)
+    ):  # in the table of contents, this bit marks a
+        folders.append(bytearray(original))  # folder: torch would leave its tensor unset
+        folders[-1][at] ^= 0x10
+    mutants = (mutate(original, np.random.default_rng(seed)) for seed in range(1000 * FUZZ))
+    for number, content in enumerate(itertools.chain(folders, mutants)):
+        (tmp_path / "last.pt").write_bytes(content)
         said = []
         loaded = train.load(tmp_path, said.append)
         k = loaded["scan"]["epoch"]
-        assert loaded["model"]["w"].equal(state(k)["model"]["w"]) and loaded["args"] == state(k)["args"], seed
-        assert (k == 1) == bool(said)
+        assert loaded["model"]["w"].equal(state(k)["model"]["w"]), number
+        assert loaded["args"] == state(k)["args"] and (k == 1) == bool(said), number
         outcomes[k] += 1
     assert min(outcomes.values()) > 10 * FUZZ
+
+
+@pytest.mark.parametrize("other", [{}, {"model": {}, "args": {}}])
+def test_a_checkpoint_of_something_else_is_refused(other, tmp_path, capsys):
+    torch.save(other, tmp_path / "last.pt")
+    with pytest.raises(SystemExit):
+        train.main([*SMALL[1:], "--device", "cpu", "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "not of this train.py" in said and said.count("\n") == 1
+    assert torch.load(tmp_path / "last.pt", weights_only=True) == other
 
 
 class Payload:

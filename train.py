@@ -66,8 +66,7 @@ TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a co
 # a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
 METHOD = (
     "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
-    "lr wd warmup "
-    "image_size crop_min precision seed"
+    "lr wd warmup image_size crop_min precision seed"
 ).split()
 
 
@@ -923,11 +922,9 @@ def progress_text(args, scan, totals, step, steps, a, b):
     pace = totals["seconds"] / max(totals["samples"], 1)  # seconds a sample
     left = ((steps - step) + (args.epochs - scan.epoch - 1) * steps) * args.batch_size * pace
     return (
-        f"epoch {scan.epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  loss "
-        f"{((a + b) / 2).mean():.3f}  "
-        f"{1 / max(pace, 1e-9):,.0f} samples/s  data "
-        f"{totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  "
-        f"left ~{left / 60:.0f} min"
+        f"epoch {scan.epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  "
+        f"loss {((a + b) / 2).mean():.3f}  {1 / max(pace, 1e-9):,.0f} samples/s  "
+        f"data {totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  left ~{left / 60:.0f} min"
     )
 
 
