@@ -54,7 +54,8 @@ RECIPES = {arch: CLIP for arch in clip_model.ARCHS} | {
 SHAPES = dict(epochs=12, batch_size=64, lr=1e-4, warmup=1.0, image_size=64)
 SHAPES_OF = {
     "vit_tiny": SHAPES | dict(epochs=60, lr=1e-3, warmup=3.0),
-    "moco_vit_tiny": SHAPES | dict(epochs=80, lr=2e-3, warmup=3.0, image_size=32),
+    # small crops of a drawing often miss what is drawn
+    "moco_vit_tiny": SHAPES | dict(epochs=180, lr=1e-3, warmup=3.0, image_size=32, crop_min=0.85),
     "moco_vit_s16": SHAPES | dict(image_size=32),
     "moco_vit_b16": SHAPES | dict(image_size=32),
 }
