@@ -572,14 +572,19 @@ def test_moco_ranks_equal_one_process(tmp_path):
 def test_moco_trains_alike_on_one_and_two_ranks_and_resumes(tmp_path):
     command = ["train.py", "--arch", "moco_vit_tiny", "--data", "shapes:128", "--image-size", "32"]
     command += ["--batch-size", "32", "--epochs", "4", "--workers", "0", "--warmup-threshold", "9"]
+    command += [
+        "--lr",
+        "1e-4",
+    ]  # at 1e-3 a ReLU that flips by a rounding error makes the runs part after 4 steps
     for name, torchrun in (("one", 0), ("two", 2)):
         said = run(*command, "--out", str(tmp_path / name), torchrun=torchrun).stdout
     assert "top1" in said and "35% redundant" in said
     one, two = (records(tmp_path / name) for name in ("one", "two"))
-    assert [r["loss"] for r in one if r["event"] == "epoch"][0] == pytest.approx(two[0]["loss"], abs=1e-4)
+    losses = [[r["loss"] for r in log if r["event"] == "epoch"] for log in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert {"top1", "balanced"} <= set(one[-1])
     states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["scan"] for name in ("one", "two")]
-    assert states[0]["counts"].sum() == states[1]["counts"].sum() > 0
+    assert (states[0]["counts"] != states[1]["counts"]).sum() <= 2 < states[0]["counts"].sum()
 
     process = subprocess.Popen(
         [sys.executable, *command, "--save-every", "1", "--out", str(tmp_path / "cut")],
@@ -1920,7 +1925,7 @@ def test_a_checkpoint_of_something_else_is_refused(other, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main([*SMALL[1:], "--device", "cpu", "--out", str(tmp_path)])
     said = capsys.readouterr().err
-    assert "not of this train.py" in said and said.count("\n") == 1
+    assert "not written by this version of train.py" in said and said.count("\n") == 1
     assert torch.load(tmp_path / "last.pt", weights_only=True) == other
 
 
