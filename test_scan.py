@@ -1370,12 +1370,10 @@ def test_bad_arguments_exit_2_in_one_line(capsys, monkeypatch):
             train.parse_args([*common, *flags.split()])
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1, flags
-        assert any(word in said for word in flags.split() if not word[-1].isdigit()), (
-            said
-        )  # it names the flag
+        assert any(word in said for word in flags.split() if not word[-1].isdigit()), said  # names the flag
     known = set()
     monkeypatch.setattr(
-        train.Parser,
+        evaluation.Parser,
         "parse_args",
         lambda self, argv: known.update(self._option_string_actions) or sys.exit(0),
     )

@@ -78,16 +78,8 @@ class TrainError(Exception):
 # ---------------------------------------------------------------- arguments
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(5)  # rank 0 speaks for all, and torchrun then ends them
-            self.exit(2)
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage before it
-
-
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = evaluation.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--arch", choices=list(RECIPES), default="vit_b32")
     add(
