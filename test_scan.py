@@ -575,7 +575,7 @@ def test_moco_trains_alike_on_one_and_two_ranks_and_resumes(tmp_path):
     command += [
         "--lr",
         "1e-4",
-    ]  # at 1e-3 a ReLU that flips by a rounding error makes the runs part after 4 steps
+    ]  # at 1e-3 rounding makes the runs part after 4 steps
     for name, torchrun in (("one", 0), ("two", 2)):
         said = run(*command, "--out", str(tmp_path / name), torchrun=torchrun).stdout
     assert "top1" in said and "35% redundant" in said
