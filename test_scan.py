@@ -43,6 +43,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def signals_stay_with_pytest(monkeypatch):
+    """train.main takes Ctrl-C and SIGTERM for itself; in this process they are to end the tests."""
+    real, theirs = signal.signal, (signal.SIGINT, signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", lambda n, handler: None if n in theirs else real(n, handler))
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
