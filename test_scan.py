@@ -579,10 +579,7 @@ def test_moco_ranks_equal_one_process(tmp_path):
 def test_moco_trains_alike_on_one_and_two_ranks_and_resumes(tmp_path):
     command = ["train.py", "--arch", "moco_vit_tiny", "--data", "shapes:128", "--image-size", "32"]
     command += ["--batch-size", "32", "--epochs", "4", "--workers", "0", "--warmup-threshold", "9"]
-    command += [
-        "--lr",
-        "1e-4",
-    ]  # at 1e-3 rounding makes the runs part after 4 steps
+    command += ["--lr", "1e-4"]  # at 1e-3 rounding makes the runs part after 4 steps
     for name, torchrun in (("one", 0), ("two", 2)):
         said = run(*command, "--out", str(tmp_path / name), torchrun=torchrun).stdout
     assert "top1" in said and "35% redundant" in said
