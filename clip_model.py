@@ -1,18 +1,31 @@
-"""The CLIP models of the paper (Sect. 4.1): ViT, ResNet and Swin image towers, and a causal text tower.
+"""All that CLIP is: the image and text towers of the paper (Sect. 4.1), their tokenizers, inputs and losses.
 
-Configurations and parameter names are those of open_clip and OpenAI's CLIP, so that weights go back and
-forth with `load_state_dict(strict=True)`. Needs torch; torchvision for swin_b. To use it elsewhere, copy the
-file:
+Configurations, initial weights and parameter names are those of open_clip and OpenAI's CLIP, so that weights go
+back and forth with `load_state_dict(strict=True)`. Needs torch, and torchvision for swin_b. To use it elsewhere,
+copy the file and scan.py:
 
-    model = create("vit_b32")
-    image, text, scale = model(images, tokens)      # unit vectors (b, embed_dim), and exp(logit_scale)
+    model, words = create("vit_b32"), HashedWords()             # or BPE("bpe_simple_vocab_16e6.txt.gz")
+    images, tokens = model.inputs((pixels, tokens), device)     # (b, 3, h, w) uint8, (b, n) ids of `words(text)`
+    image, text, scale = model(images, tokens)                  # unit vectors (b, embed_dim), and exp(logit_scale)
+    a, b, loss = model.losses(image, text, scale)               # (b,) of both directions, and what to minimise
 """
 
+import gzip
+import hashlib
+import html
+import itertools
 import math
+import re
+import unicodedata
+import zlib
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from scan import info_nce
 
 # Image tower, and (width, layers) of the text tower. Heads are width / 64.
 ARCHS = {
@@ -27,6 +40,9 @@ ARCHS = {
 }
 
 
+# ---------------------------------------------------------------- transformers
+
+
 class QuickGELU(nn.Module):
     """The sigmoid approximation that OpenAI's own weights were trained with."""
 
@@ -35,21 +51,20 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention under nn.MultiheadAttention's parameter names."""
+    """Multi-head self-attention, under nn.MultiheadAttention's parameter names and with its initial weights."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x):
         b, n, d = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (b, n, 3 d)
-        q, k, v = qkv.view(b, n, 3, self.heads, d // self.heads).permute(
-            2, 0, 3, 1, 4
-        )  # (b, heads, n, d / heads)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(b, n, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (b, heads, n, d / heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(x.transpose(1, 2).reshape(b, n, d))
 
@@ -73,23 +88,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, initialised as OpenAI's text tower (residual branches scaled down with depth)."""
-
     def __init__(self, width, layers, heads, causal=False, act=nn.GELU):
         super().__init__()
         self.resblocks = nn.ModuleList([Block(width, heads, causal, act) for _ in range(layers)])
-        branch_std = width**-0.5 * (2 * layers) ** -0.5
-        for block in self.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=branch_std)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
 
     def forward(self, x):
         for block in self.resblocks:
             x = block(x)
         return x
+
+
+# ---------------------------------------------------------------- image towers
 
 
 class VisionTransformer(nn.Module):
@@ -198,11 +207,13 @@ def _swin_b(embed_dim):
     return swin
 
 
+# ---------------------------------------------------------------- the model
+
+
 class CLIP(nn.Module):
     """An image tower and a text tower that meet in one embedding space."""
 
-    # of the pixels it expects
-    mean_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    eval_crop = 1.0  # share of the resized picture's shorter side that evaluation looks at
 
     def __init__(self, arch, image_size, vocab_size, context_length, quick_gelu):
         super().__init__()
@@ -223,7 +234,29 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+        # The text tower's own start: residual branches scaled down with depth. (The image tower keeps torch's.)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        branch_std = width**-0.5 * (2 * layers) ** -0.5
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=branch_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
+
+        # of the pixels it expects; on the model's device, and in no checkpoint
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images):
+        """(b, 3, h, w) uint8 -> float32, as `encode_image` expects them; on the model's device."""
+        return (images.float() / 255 - self.pixel_mean) / self.pixel_std
+
+    def inputs(self, batch, device):
+        """What a loader gives, pixels (b, 3, h, w) uint8 and tokens (b, n) -> what the model takes."""
+        pixels, tokens = (x.to(device, non_blocking=True) for x in batch)
+        return self.normalize(pixels), tokens
 
     def encode_image(self, images):
         """(b, 3, h, w) normalised images -> (b, embed_dim), before normalisation."""
@@ -245,6 +278,12 @@ class CLIP(nn.Module):
         text = F.normalize(self.encode_text(tokens).float(), dim=-1)
         return image, text, self.logit_scale.exp()
 
+    @staticmethod
+    def losses(image, text, scale):
+        """-> (b,) losses of both directions of Eq. 1, and what to minimise."""
+        a, b = info_nce(image, text, scale), info_nce(text, image, scale)
+        return a, b, ((a + b) / 2).mean()
+
 
 def create(arch, image_size=224, vocab_size=49408, context_length=77, quick_gelu=False):
     """A CLIP model with random weights. arch: one of ARCHS. image_size: a multiple of the patch, or of 32.
@@ -257,3 +296,115 @@ def create(arch, image_size=224, vocab_size=49408, context_length=77, quick_gelu
     if image_size < multiple or image_size % multiple:
         raise ValueError(f"{arch} needs an image size that is a multiple of {multiple}, got {image_size}")
     return CLIP(arch, image_size, vocab_size, context_length, quick_gelu)
+
+
+# ---------------------------------------------------------------- text to tokens
+
+
+class HashedWords:
+    """Words hashed to token ids: a tokenizer with nothing to download. Different words rarely share an id.
+
+    NFKC, lower case; a word is a run of \\w, but each CJK character and each other non-space character is
+    its own.
+    """
+
+    name, vocab_size, context_length = "hashed words", 49408, 77
+    _cjk = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+    _word = re.compile(rf"[{_cjk}]|[^\W{_cjk}]+|[^\w\s]")
+
+    def __call__(self, text):
+        """str -> (n,) int64 token ids, start and end included, n <= context_length."""
+        words = self._word.findall(unicodedata.normalize("NFKC", text).lower())[: self.context_length - 2]
+        ids = [1 + zlib.crc32(word.encode("utf-8", "replace")) % 49405 for word in words]
+        return np.array([49406, *ids, 49407], dtype=np.int64)
+
+
+class BPE:
+    """CLIP's byte-pair encoding, from bpe_simple_vocab_16e6.txt.gz or a file of the same form.
+
+    The same tokens as CLIP's, but of text with mojibake or C1 control characters, which CLIP has ftfy repair.
+    """
+
+    context_length = 77
+    # what ftfy, called first by CLIP's tokenizer, does to ordinary text: plain quotes, no ligatures
+    _plain = {c: "'" for c in (0x2BC, *range(0x2018, 0x201C))} | {c: '"' for c in range(0x201C, 0x2020)}
+    _plain |= {
+        c: unicodedata.normalize("NFKC", chr(c))
+        for c in (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB05), 0xFB06)
+    }
+    _plain |= {0x149: "'n", 0xFB05: "\u017ft", 0x3000: " "}
+    _plain |= {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFFF0)}
+    _plain |= {c: None for c in (*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF)}
+    _plain |= {c: None for c in range(0xFFF9, 0xFFFD)}
+    _special = re.compile(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d", re.IGNORECASE)
+
+    def __init__(self, path):
+        try:
+            raw = gzip.decompress(Path(path).read_bytes())
+            lines = raw.decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"--vocab {path}: not a gzipped BPE vocabulary ({error})") from None
+        merges = [tuple(line.split()) for line in lines if line.strip()]
+        if any(len(merge) != 2 for merge in merges):
+            raise ValueError(f"--vocab {path}: every line after the first must hold two symbols")
+        # every byte gets a printable stand-in: itself if it has one, else the next character from 256 on
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        self._byte = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        symbols = list(self._byte.values())
+        symbols += [s + "</w>" for s in symbols] + ["".join(merge) for merge in merges]
+        symbols += ["<start_of_text>", "<end_of_text>"]
+        self._id = {s: i for i, s in enumerate(symbols)}
+        self._rank = {merge: i for i, merge in enumerate(merges)}
+        self.vocab_size = len(symbols)
+        self.name = f"bpe {hashlib.sha256(raw).hexdigest()[:16]}"
+
+    def _words(self, text):
+        """Split as CLIP does: special words and contractions, runs of letters, single digits, the rest."""
+        at = 0
+        while at < len(text):
+            special = self._special.match(text, at)
+            if special:
+                end = special.end()
+            else:
+                kind, end = self._kind(text[at]), at + 1
+                while kind in "LO" and end < len(text) and self._kind(text[end]) == kind:
+                    end += 1
+                if kind == " ":
+                    at = end
+                    continue
+            yield text[at:end]
+            at = end
+
+    @staticmethod
+    def _kind(char):
+        category = unicodedata.category(char)[0]
+        return category if category in "LN" else " " if char.isspace() else "O"
+
+    def _encode(self, word):
+        if word in ("<start_of_text>", "<end_of_text>"):
+            return [self._id[word]]
+        symbols = [self._byte[b] for b in word.encode("utf-8", "replace")]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            best = min(
+                zip(symbols, symbols[1:], strict=False),
+                key=lambda pair: self._rank.get(pair, len(self._rank)),
+            )
+            if best not in self._rank:
+                break
+            merged, i = [], 0
+            while i < len(symbols):
+                step = 2 if tuple(symbols[i : i + 2]) == best else 1
+                merged.append("".join(symbols[i : i + step]))
+                i += step
+            symbols = merged
+        return [self._id[s] for s in symbols]
+
+    def __call__(self, text):
+        """str -> (n,) int64 token ids, start and end included, n <= context_length."""
+        text = unicodedata.normalize("NFC", text.translate(self._plain))
+        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+        ids = itertools.chain.from_iterable(map(self._encode, self._words(text)))
+        ids = list(itertools.islice(ids, self.context_length - 2))  # the end token always stays
+        return np.array([self.vocab_size - 2, *ids, self.vocab_size - 1], dtype=np.int64)

@@ -2,21 +2,28 @@
 
 A base encoder and its predictor make queries; a momentum encoder, a moving average of the base encoder, makes
 keys. Parameter names are those of the published checkpoints, and of timm's ViT inside the encoders, so that
-weights go back and forth. Needs torch only. To use it elsewhere, copy the file:
+weights go back and forth. Needs torch only. To use it elsewhere, copy the file and scan.py:
 
     model = create("moco_vit_s16")
-    model.update_momentum_encoder(m)                # before each step
-    q1, q2, k1, k2 = model(view1, view2)            # unit vectors (b, 256); keys carry no gradient
-    features = model.features(images)               # (b, width), of the base encoder, for later use
+    numbers = draw_views()                                      # (2, 9), for each sample: its two augmentations
+    view1, view2 = model.inputs((crops, numbers), device)       # (b, 2, 3, h, w) uint8 crops, (b, 2, 9) numbers
+    model.update_momentum_encoder(momentum(progress))           # progress: share of the run that is done
+    q1, q2, k1, k2 = model(view1, view2)                        # unit vectors (b, 256); keys without gradient
+    a, b, loss = model.losses(q1, q2, k1, k2)                   # (b,) of both views, and what to minimise
+    features = model.features(images)                           # (b, width), of the base encoder, for later use
 """
 
 import copy
+import itertools
 import math
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from scan import info_nce
 
 # hidden, dim: of the projector and the predictor. moco_vit_tiny is ours, for two CPU cores.
 ARCHS = {
@@ -168,11 +175,126 @@ def _mlp(layers, width, hidden, dim):
     return nn.Sequential(*modules, nn.Linear(hidden, dim, bias=False), BatchNorm(dim, affine=False))
 
 
+# ---------------------------------------------------------------- the two views, augmented as a batch
+
+# Each worker draws numbers per sample (`draw_views`); the batch is augmented by them on the device. (transforms.v2
+# would draw one set of numbers for the whole batch.) Neutral values where a sample stays as it is:
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE, FLIP = range(9)
+VIEWS = dict(blur=1.0, solarize=0.0), dict(blur=0.1, solarize=0.2)  # the two of BYOL: how often each happens
+_ORDERS = torch.tensor(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))  # (24, 4)
+
+
+def draw_view(blur, solarize):
+    """(9,) float32: colour jitter (.4 .4 .2 .1, in random order) with p .8, grey .2, flip .5, blur, solarize.
+
+    sigma of the blur in pixels, uniform in .1 .. 2; 0 if not blurred. From torch's default generator.
+    """
+    u = torch.rand(11)
+    out = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    if u[0] < 0.8:
+        out[:4] += (2 * u[1:5] - 1) * torch.tensor([0.4, 0.4, 0.2, 0.1])
+        out[ORDER] = (u[5] * len(_ORDERS)).floor().clamp(max=len(_ORDERS) - 1)
+    out[GREY], out[FLIP], out[SOLARIZE] = u[6] < 0.2, u[7] < 0.5, u[8] < solarize
+    if u[9] < blur:
+        out[SIGMA] = 0.1 + 1.9 * u[10]
+    return out
+
+
+def draw_views():
+    """(2, 9) float32: the numbers of both views of one sample."""
+    return torch.stack([draw_view(**view) for view in VIEWS])
+
+
+def plan(numbers):
+    """Which samples each adjustment is for, worked out on the CPU: nothing then waits for the GPU.
+
+    numbers: (b, 9) of `draw_view`. Returns them with five columns more, (b, 14) float32: the samples sorted by
+    their first, second .. fourth adjustment, and the blurred ones first; and how many samples each has, 4 x 4
+    and 1 numbers.
+    """
+    order = _ORDERS[numbers[:, ORDER].long()]  # (b, 4)
+    blurred = numbers[:, SIGMA] > 0
+    rows = torch.cat([order, ~blurred[:, None]], 1).argsort(dim=0, stable=True)
+    sizes = [torch.bincount(turn, minlength=4).tolist() for turn in order.T]
+    return torch.cat([numbers, rows.float()], 1), (sizes, int(blurred.sum()))
+
+
+def augment(images, numbers, sizes):
+    """Colour jitter, grey, blur, solarize and flip, each sample by its own numbers.
+
+    images: (b, 3, h, w) uint8. numbers, on the same device, and sizes: of `plan`. Returns float32 in 0 .. 255.
+    """
+    x = images.float() / 255
+    factors = numbers[:, :9, None, None, None]  # (b, 9, 1, 1, 1)
+    rows = numbers[:, 9:].long()
+    jitter_sizes, blurred = sizes
+    for turn in range(4):
+        groups = rows[:, turn].split(jitter_sizes[turn])
+        for kind, adjust in enumerate((_brightness, _contrast, _saturation, _hue)):
+            group = groups[kind]
+            x[group] = adjust(x[group], factors[group, kind])
+    x = torch.where(factors[:, GREY] > 0, _grey(x), x)
+    if blurred:
+        group = rows[:blurred, 4]
+        x[group] = _blur(x[group], factors[group, SIGMA])
+    x = torch.where((factors[:, SOLARIZE] > 0) & (x >= 128 / 255), 1 - x, x)
+    x = torch.where(factors[:, FLIP] > 0, x.flip(-1), x)
+    return x * 255
+
+
+def _grey(x):
+    red, green, blue = x.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def _brightness(x, factor):
+    return (factor * x).clamp(0, 1)
+
+
+def _contrast(x, factor):
+    return torch.lerp(_grey(x).mean((1, 2, 3), keepdim=True).expand_as(x), x, factor).clamp(0, 1)
+
+
+def _saturation(x, factor):
+    return torch.lerp(_grey(x).expand_as(x), x, factor).clamp(0, 1)
+
+
+def _hue(x, turn):
+    """Turn the hue by a share of the full circle, through the HSV hexagon."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    chroma = high - low
+    hue = torch.where(high == green, blue - red, torch.where(high == red, green - blue, red - green))
+    first = torch.where(high == green, 2.0, torch.where(high == red, 0.0, 4.0))  # which sixth it starts from
+    k = hue / chroma.clamp(min=1e-9) + first + 6 * turn
+    k = torch.cat([k + 5, k + 3, k + 1], 1) % 6
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _blur(x, sigma):
+    """Gaussian, one sigma (n, 1, 1, 1) per picture, cut at 3 of the widest (2 pixels)."""
+    n, channels, height, width = x.shape
+    offsets = torch.arange(-6, 7, device=x.device)
+    kernel = (-(offsets**2) / (2 * sigma.square())).softmax(-1)  # (n, 1, 1, 13)
+    kernel = kernel.expand(n, channels, 1, 13).reshape(n * channels, 1, 1, 13)
+    x = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1)[None]  # (1, 3 n, h + 12, w + 12)
+    x = F.conv2d(F.conv2d(x, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
+    return x.view(n, channels, height, width)
+
+
 # ---------------------------------------------------------------- the method
 
 
+TEMPERATURE = 0.2
+
+
+def momentum(progress):
+    """Of the moving average: from .99 to 1 by a cosine. progress: share of the run that is done, 0 .. 1."""
+    return 1 - 0.01 * (1 + math.cos(math.pi * progress)) / 2
+
+
 class MoCo(nn.Module):
-    mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels it expects: ImageNet's
+    eval_crop = 0.875  # share of the resized picture's shorter side that evaluation looks at: 224 of 256
 
     def __init__(self, arch, image_size):
         super().__init__()
@@ -183,12 +305,30 @@ class MoCo(nn.Module):
         self.base_encoder = VisionTransformer(image_size, **sizes, head=projector)
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
         self.predictor = _mlp(2, dim, hidden, dim)
+        # of the pixels it expects, ImageNet's; on the model's device, and in no checkpoint
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def normalize(self, images):
+        """(b, 3, h, w) in 0 .. 255 -> float32, as `features` expects them; on the model's device."""
+        return (images.float() / 255 - self.pixel_mean) / self.pixel_std
+
+    def inputs(self, batch, device):
+        """What a loader gives, crops (b, 2, 3, h, w) uint8 and numbers (b, 2, 9) -> two views on the device."""
+        crops, numbers = batch
+        crops = crops.to(device, non_blocking=True)
+        planned = [plan(numbers[:, k]) for k in range(2)]
+        numbers = torch.stack([columns for columns, _ in planned])  # (2, b, 14): one copy for both views
+        numbers = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+        views = [augment(crops[:, k], numbers[k], sizes) for k, (_, sizes) in enumerate(planned)]
+        return [self.normalize(view) for view in views]
 
     @torch.no_grad()
     def update_momentum_encoder(self, m):
         """momentum encoder <- m x itself + (1 - m) x base encoder. Before the keys of a step are computed."""
         base, moving = list(self.base_encoder.parameters()), list(self.momentum_encoder.parameters())
-        torch._foreach_lerp_(moving, base, 1 - m)
+        get_ema_multi_avg_fn(m)(moving, base, None)
 
     def features(self, images):
         """(b, 3, h, w) normalised images -> (b, width), of the base encoder without its projector."""
@@ -203,6 +343,12 @@ class MoCo(nn.Module):
         with torch.no_grad():
             k1, k2 = (self.momentum_encoder(view) for view in (view1, view2))
         return tuple(F.normalize(x.float(), dim=-1) for x in (q1, q2, k1, k2))
+
+    @staticmethod
+    def losses(q1, q2, k1, k2):
+        """-> (b,) losses of both views, and what to minimise: weighed by twice the temperature."""
+        a, b = info_nce(q1, k2, 1 / TEMPERATURE), info_nce(q2, k1, 1 / TEMPERATURE)
+        return a, b, 2 * TEMPERATURE * (a + b).mean()
 
 
 def create(arch, image_size=224):
