@@ -317,7 +317,7 @@ def parse_args(argv=None):
     add(
         "--warmup",
         type=finite,
-        help="of the rate, in epochs, also fractions (CLIP: 10,000 steps, at most a 20th of the run; MoCo 10)",
+        help="of the rate, in epochs, also fractions (CLIP 10,000 steps, at most a 20th of the run; MoCo 10)",
     )
     add("--image-size", type=natural, help=f"({recipe_help('image_size')})")
     add("--crop-min", type=share, help="smallest random crop, as a share of the picture (CLIP .9, MoCo .08)")
@@ -465,7 +465,7 @@ class Run:
                 os.replace(path, self.out / "last.pt")  # or the next save would keep a damaged one instead
         self.read_log(epoch)
         self.finished = epoch == self.args.epochs
-        self.describe(f"; from epoch {epoch} on" if checkpoint else "")
+        self.say(header(self) + (f"; from epoch {epoch} on" if checkpoint else ""))
         if self.rank == 0:
             config = json.dumps(vars(self.args), indent=1).encode()
             write_whole(self.out / "config.json", lambda file: file.write(config))
@@ -513,9 +513,8 @@ class Run:
             self.save(self.scan.epoch, done)
         if stopping:
             self.clear()
-            self.say(
-                f"stopped in epoch {self.scan.epoch}, step {done} of {steps}; the same command goes on from here"
-            )
+            where = f"epoch {self.scan.epoch}, step {done} of {steps}"
+            self.say(f"stopped in {where}; the same command goes on from here")
         return stopping
 
     def end_epoch(self):
@@ -527,9 +526,10 @@ class Run:
         bad = self.union_over_ranks(self.totals["bad"])
         self.refuse_many_bad(bad)
         self.samples_seen += self.totals["samples"]
+        kept, total, seconds = scan.num_kept, len(self.dataset), self.totals["seconds"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
         record |= {"loss": round(scan.loss, 6) if scan.step else None}
-        record |= {"kept": scan.num_kept, "total": len(self.dataset), "candidates": len(scan.candidates)}
+        record |= {"kept": kept, "total": total, "candidates": len(scan.candidates)}
         record |= {"lr": self.optimizer.param_groups[0]["lr"]}
         record |= {"samples": self.totals["samples"], "samples_seen": self.samples_seen}
         record |= {name: round(self.totals[name], 3) for name in ("seconds", "data_seconds")}
@@ -539,10 +539,9 @@ class Run:
             record["bad"] = [self.dataset.why(i) for i in bad[:100]]
         self.log(record)
         self.clear()
-        self.say(
-            f"epoch {epoch:>3}/{self.args.epochs}  {scan.stage:<11} kept {record['kept'] / record['total']:6.1%}  "
-            f"loss {scan.loss:.4f}  {record['seconds']:.1f} s" + (f"  {len(bad)} unreadable" if bad else "")
-        )
+        line = f"epoch {epoch:>3}/{self.args.epochs}  {scan.stage:<11} kept {kept / total:6.1%}"
+        unreadable = f"  {len(bad)} unreadable" if bad else ""
+        self.say(f"{line}  loss {scan.loss:.4f}  {seconds:.1f} s{unreadable}")
         self.totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}
         self.save(epoch + 1, 0)  # before the evaluation: one that is killed is made up for by the resumed run
         self.evaluate_if_due(epoch)
@@ -552,31 +551,8 @@ class Run:
         return stopping
 
     def print_table(self):
-        """What a run ends with: epochs, what SCAN saved, what it found, and how good the model is."""
-        epochs = [r for r in self.records if r["event"] == "epoch"]
-        self.say(f"\n{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}")
-        for r in epochs:
-            loss = math.nan if r["loss"] is None else r["loss"]
-            self.say(
-                f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {loss:>8.4f} {r['seconds']:>8.1f}"
-            )
-        self.say("\n" + savings(epochs, self.args.batch_size))
-        rounds = [r["found"] for r in epochs if r.get("found")]
-        if rounds:
-            self.say(
-                "planted faults among the candidates, share found per round (by chance: the share marked)"
-            )
-        for kind in rounds[-1] if rounds else ():
-            recalls = [round[kind]["recall"] for round in rounds]
-            precision = np.mean([round[kind]["precision"] for round in rounds])
-            marked, planted = rounds[-1][kind]["marked"], rounds[-1][kind]["planted"]
-            self.say(
-                f"  {kind.replace('_', '-'):<12}{' '.join(f'{r:4.0%}' for r in recalls)}; mean recall "
-                f"{np.mean(recalls):.1%}, precision {precision:.1%} "
-                f"({marked:.1%} of the data marked, {planted:.1%} planted)"
-            )
-        for r in [r for r in self.records if r["event"] == "eval"][-1:]:
-            self.say(scores(r))
+        """What a run ends with."""
+        self.say("\n" + table(self.records, self.args))
         if self.finished:
             self.say(
                 f"\nThis run was finished before. To start anew, or for longer (its rate is made for "
@@ -605,23 +581,18 @@ class Run:
             raise UserError(f"{path}: not written by this version of train.py: choose another --out")
         before, now = checkpoint["args"], vars(self.args)
         for name in METHOD:
-            if before.get(name) != now[name]:
-                hint = (
-                    " (a finished run can't be made longer: its rate falls to 0)" if name == "epochs" else ""
-                )
-                raise UserError(
-                    f"{self.out} holds a run with --{name.replace('_', '-')} {before.get(name)}, this one has "
-                    f"{now[name]}{hint}: choose another --out"
-                )
+            flag, old = f"--{name.replace('_', '-')}", before.get(name)
+            if old != now[name]:
+                longer = ", and cannot be made longer, since its rate falls to 0" if name == "epochs" else ""
+                had = f"{self.out} holds a run with {flag} {old}{longer}"
+                raise UserError(f"{had}; this one has {now[name]}: choose another --out")
         trained_with = checkpoint["tokenizer"]
         if trained_with != getattr(self.tokenizer, "name", None):
             raise UserError(f"{self.out} was trained with the tokenizer {trained_with}: choose another --out")
         before, now = checkpoint["data"], self.identity
         if (before["size"], before["hash"]) != (now["size"], now["hash"]):
-            raise UserError(
-                f"{self.out} was trained on other data ({before['size']:,} samples, hash {before['hash']}; now "
-                f"{now['size']:,}, {now['hash']}): choose another --out"
-            )
+            old, new = (f"{d['size']:,} samples, hash {d['hash']}" for d in (before, now))
+            raise UserError(f"{self.out} was trained on other data ({old}; now {new}): choose another --out")
         if before["kept"] != now["kept"]:
             raise UserError(
                 f"{self.out} was trained on other ids of the same --keep file: choose another --out"
@@ -701,45 +672,6 @@ class Run:
 
     # ------------------------------------------------ what the user sees
 
-    def describe(self, resumed):
-        """The lines before the first epoch."""
-        args, say, scan = self.args, self.say, self.scan
-        batch, total, used = args.batch_size, len(self.dataset), scan.num_kept
-        say(f"data      {args.data}: {total:,} samples, hash {self.identity['hash']}")
-        if args.keep:
-            say(f"          {used:,} of them kept by {args.keep}")
-        if used % batch > 0.1 * used:
-            say(
-                f"          {used % batch:,} of {used:,} fill no batch of {batch}: they sit out, others each epoch"
-            )
-        if getattr(self.dataset.source, "skipped", None):
-            say(f"          {self.dataset.source.skipped}")
-        if self.tokenizer is not None:
-            toy = ": fine for trying out; for real captions, and for open_clip, --vocab"
-            say(f"text      {self.tokenizer.name}{toy if self.tokenizer.name == 'hashed words' else ''}")
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        say(f"model     {args.arch}, {parameters:.1f} M parameters, {args.image_size} px")
-        say(f"running   {self.world} rank(s) on {self.device.type}, {args.precision}, compile {args.compile}")
-        say(f"          {args.workers} loading process(es) per rank, seed {args.seed}")
-        if self.device.type == "mps":
-            say("          MPS sums in an order of its own: a resumed run is equal up to rounding")
-        say(f"batch     {batch} global = {batch // self.world} per rank x {self.world}")
-        say(f"          ln({batch}) = {math.log(batch):.3f} is the loss of knowing nothing")
-        say(
-            f"rate      {args.lr:g}, {args.warmup:g} of {args.epochs} epochs warm-up; weight decay {args.wd:g}"
-        )
-        red, ill = (int(rho * batch) / batch for rho in (args.rho_red, args.rho_ill))
-        if red or ill:
-            say(
-                f"pruning   {red:.1%} redundant + {ill:.1%} ill-matched marked per batch: after the warm-up "
-                f"{(red + ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs"
-            )
-        else:
-            say("pruning   none")
-        if self.val is None:
-            say("checking  nothing: without --val-data no score will tell how good the model is")
-        say(f"writing   {self.out}/log.jsonl, last.pt{resumed}")
-
     def live_line(self, done, steps, loss):
         totals, epochs, epoch = self.totals, self.args.epochs, self.scan.epoch
         pace = totals["seconds"] / totals["samples"]  # seconds a sample
@@ -755,6 +687,62 @@ class Run:
     def clear(self):
         if self.rank == 0 and sys.stdout.isatty():
             print(f"\r{'':<{shutil.get_terminal_size().columns - 1}}\r", end="", flush=True)
+
+
+def header(run):
+    """The lines before the first epoch."""
+    args, batch, used, source = run.args, run.args.batch_size, run.scan.num_kept, run.dataset.source
+    lines = [f"data      {args.data}: {len(run.dataset):,} samples, hash {run.identity['hash']}"]
+    if args.keep:
+        lines += [f"          {used:,} of them are in {args.keep}"]
+    if used % batch > 0.1 * used:
+        lines += [
+            f"          each epoch {used % batch:,} of them, others each time, fill no batch of {batch}"
+        ]
+    if getattr(source, "skipped", None):
+        lines += [f"          {source.skipped}"]
+    if run.tokenizer is not None:
+        toy = ": for trying out; for real captions, and for open_clip, give --vocab"
+        lines += [f"text      {run.tokenizer.name}{toy if run.tokenizer.name == 'hashed words' else ''}"]
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    lines += [f"model     {args.arch}, {parameters:.1f} M parameters, {args.image_size} px"]
+    lines += [f"running   {run.world} rank(s) on {run.device.type}, {args.precision}, compile {args.compile}"]
+    lines += [f"          {args.workers} loading process(es) per rank, seed {args.seed}"]
+    if run.device.type == "mps":
+        lines += ["          MPS sums in an order of its own: a resumed run is equal up to rounding"]
+    lines += [f"batch     {batch} global = {batch // run.world} per rank x {run.world}"]
+    lines += [f"          ln({batch}) = {math.log(batch):.3f} is the loss of knowing nothing"]
+    warmup = f"{args.warmup:g} of {args.epochs} epochs warm-up"
+    lines += [f"rate      {args.lr:g}, {warmup}; weight decay {args.wd:g}"]
+    red, ill = (int(rho * batch) / batch for rho in (args.rho_red, args.rho_ill))
+    marked = f"{red:.1%} redundant + {ill:.1%} ill-matched marked per batch: after the warm-up "
+    marked += f"{(red + ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs"
+    lines += [f"pruning   {marked if red or ill else 'none'}"]
+    if run.val is None:
+        lines += ["checking  nothing: without --val-data no score will say how good the model is"]
+    return "\n".join([*lines, f"writing   {run.out}/log.jsonl, last.pt"])
+
+
+def table(records, args):
+    """What a run ends with: epochs, what SCAN saved, what it found, and how good the model is."""
+    epochs = [r for r in records if r["event"] == "epoch"]
+    lines = [f"{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}"]
+    for r in epochs:
+        loss, kept = math.nan if r["loss"] is None else r["loss"], r["kept"] / r["total"]
+        lines += [f"{r['epoch']:>5}  {r['stage']:<11} {kept:>7.1%} {loss:>8.4f} {r['seconds']:>8.1f}"]
+    lines += ["", savings(epochs, args.batch_size)]
+    rounds = [r["found"] for r in epochs if r.get("found")]
+    if rounds:
+        lines += ["planted faults among the candidates, share found per round (by chance: the share marked)"]
+    for kind in rounds[-1] if rounds else ():
+        recalls, precisions = ([found[kind][k] for found in rounds] for k in ("recall", "precision"))
+        marked, planted = rounds[-1][kind]["marked"], rounds[-1][kind]["planted"]
+        lines += [
+            f"  {kind.replace('_', '-'):<12}{' '.join(f'{r:4.0%}' for r in recalls)}; mean recall "
+            f"{np.mean(recalls):.1%}, precision {np.mean(precisions):.1%} ({marked:.1%} of the data marked, "
+            f"{planted:.1%} planted)"
+        ]
+    return "\n".join(lines + [scores(r) for r in records if r["event"] == "eval"][-1:])
 
 
 def savings(epochs, batch):
