@@ -191,8 +191,7 @@ def set_warmup_and_precision(args, steps, device):
     """What depends on the data and the device: written into args, so that a resume compares what was used."""
     if args.warmup is None:  # the paper's 10k steps, on small data a twentieth of the run
         args.warmup = round(min(10_000 / steps, 0.05 * args.epochs), 4)
-    if args.precision == "auto":
-        args.precision = evaluation.precision(device)
+    args.precision = evaluation.precision(args.precision, device)
 
 
 def parallel(model, args, steps, world, device):
@@ -886,27 +885,18 @@ def end_loading():
         process.kill()
 
 
-def fail(line):
-    """Rank 0 speaks for all: torchrun then ends the others, unless the failure is theirs alone."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-        line = f"rank {rank}: {line}"
-    print(f"train.py: {line}", file=sys.stderr)
-    sys.exit(1)
-
-
 def main(argv=None, make_scan=Scan):
     args = parse_args(argv)
+    evaluation.one_line_warnings("train.py")
     try:
         train(args, *evaluation.start_ranks(args.device), make_scan)
     except UserError as error:
-        fail(str(error).strip().splitlines()[-1])
+        evaluation.fail("train.py", str(error).strip().splitlines()[-1])
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        fail(f"lost another rank; the same command goes on from the last checkpoint in {args.out}")
+        line = f"lost another rank; the same command goes on from the last checkpoint in {args.out}"
+        evaluation.fail("train.py", line)
     finally:
         end_loading()
         if dist.is_initialized():
