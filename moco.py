@@ -209,14 +209,13 @@ def plan(numbers):
     """Which samples each adjustment is for, worked out on the CPU: nothing then waits for the GPU.
 
     numbers: (b, 9) of `draw_view`. Returns them with five columns more, (b, 14) float32: the samples sorted
-    by their first .. fourth adjustment, and with the blurred ones first; and how many samples that is each
-    time, 4 x 4 numbers and one.
+    by their first .. fourth adjustment, and with the blurred ones first; and how many samples each adjustment
+    has as the first .. fourth, and how many are blurred, or not: 5 x 4 numbers.
     """
     order = _ORDERS[numbers[:, ORDER].long()]  # (b, 4)
-    blurred = numbers[:, SIGMA] > 0
-    rows = torch.cat([order, ~blurred[:, None]], 1).argsort(dim=0, stable=True)
-    sizes = [torch.bincount(turn, minlength=4).tolist() for turn in order.T]
-    return torch.cat([numbers, rows.float()], 1), (sizes, int(blurred.sum()))
+    keys = torch.cat([order, numbers[:, SIGMA, None] == 0], 1)  # (b, 5)
+    sizes = [torch.bincount(key, minlength=4).tolist() for key in keys.T]
+    return torch.cat([numbers, keys.argsort(dim=0, stable=True).float()], 1), sizes
 
 
 def augment(images, numbers, sizes):
@@ -227,16 +226,15 @@ def augment(images, numbers, sizes):
     x = images.float() / 255
     factors = numbers[:, :9, None, None, None]  # (b, 9, 1, 1, 1)
     rows = numbers[:, 9:].long()
-    jitter_sizes, blurred = sizes
     for turn in range(4):
-        groups = rows[:, turn].split(jitter_sizes[turn])
+        groups = rows[:, turn].split(sizes[turn])
         for kind, adjust in enumerate((_brightness, _contrast, _saturation, _hue)):
             group = groups[kind]
             x[group] = adjust(x[group], factors[group, kind])
     x = torch.where(factors[:, GREY] > 0, _grey(x), x)
-    if blurred:
-        group = rows[:blurred, 4]
-        x[group] = _blur(x[group], factors[group, SIGMA])
+    blurred = rows[: sizes[4][0], 4]
+    if len(blurred):
+        x[blurred] = _blur(x[blurred], factors[blurred, SIGMA])
     x = torch.where((factors[:, SOLARIZE] > 0) & (x >= 128 / 255), 1 - x, x)
     x = torch.where(factors[:, FLIP] > 0, x.flip(-1), x)
     return x * 255

@@ -321,8 +321,10 @@ class Scan:
             )
         if ids.dtype != torch.int64:
             raise ValueError(f"ids must be int64 positions in the dataset, got {ids.dtype}")
-        if ids.device.type == "cpu" and len(ids) and not (0 <= ids.min() and ids.max() < self.num_samples):
-            raise ValueError(f"ids must lie in 0..{self.num_samples - 1}, got {ids.min()}..{ids.max()}")
+        if ids.device.type == "cpu" and len(ids):
+            low, high = torch.stack(ids.aminmax()).tolist()
+            if low < 0 or high >= self.num_samples:
+                raise ValueError(f"ids must lie in 0..{self.num_samples - 1}, got {low}..{high}")
         losses = torch.stack([loss_a, loss_b], 1).float()
         losses = losses.cpu() if losses.device.type == "mps" else losses  # which has no float64
         device = losses.device
