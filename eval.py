@@ -56,6 +56,8 @@ RECIPES = {
     ),  # MoCo v3's, but no stochastic depth; 5 epochs
     "sgd": dict(epochs=90, batch_size=1024, lr=12.0, wd=0.0),  # MoCo v3's linear protocol; no warm-up
 }
+# MoCo v3's linear protocol looks at 224 of 256 pixels, whatever the model; torchvision's resize, bilinear
+LINCLS_LOOK = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR)
 TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that is gone without a word
 
 
@@ -1050,7 +1052,7 @@ def train_and_classify(args, model, tokenizer, train, test, others, device):
     if out and _ranks()[0] == 0:
         state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
         _write(out, lambda file: torch.save(state, file))
-    look = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR) if frozen else {}
+    look = LINCLS_LOOK if frozen else {}
     scores = {
         spec: classify(classifier, images, train.classes, device, workers=args.workers, **look)
         for spec, images in {"": test, **others}.items()
