@@ -1,7 +1,8 @@
 """Images and captions by random access: a sample has an int64 id, its position, and is read when asked for.
 
 A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, and what is known of it:
-`truth` (planted faults), `classes` and `labels`, `skipped` (files left out). `open_source` picks one from --data:
+`truth` (planted faults), `classes` and `labels`, `skipped` (files left out). `open_source` picks one from a
+--data argument:
 
     shapes:N[,zipf]              captioned pictures, drawn on demand, with planted faults   Shapes
     cc3m/{00000..00331}.tar      img2dataset / webdataset shards; globs; A::B joins sets    Shards
@@ -38,10 +39,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
 
@@ -61,8 +63,9 @@ _MOST_PIXELS = 1024**3 // 12  # of a 256 MB picture; above it Pillow warns of a 
 def decode(data, draft=None):
     """Bytes of an image file -> RGB picture, upright. ValueError or OSError for what is none.
 
-    draft: a JPEG may be decoded at 1/2, 1/4 .. of its size, if its sides stay at least `draft`. Alpha is laid
-    on white; 16-bit grey is scaled to 8; of animations the first frame.
+    Alpha is laid on white; 16-bit grey is scaled to 8; of animations the first frame. draft: for training, a
+    JPEG may be decoded at 1/2, 1/4 .. of its size, if its sides stay at least `draft`, and else may come as a
+    tensor (3, h, w) uint8: torchvision gives the same pixels in half of the time.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -77,6 +80,10 @@ def decode(data, draft=None):
     elif picture.format in ("JPEG", "MPO") and data.endswith(bytes(8)):
         if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
             raise ValueError("a JPEG that ends in zeros")
+    if draft and picture.format == "JPEG" and picture.mode == "RGB" and short < 2 * draft:
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            with contextlib.suppress(RuntimeError):  # a damaged JPEG: Pillow says in what way
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if draft:
         picture.draft("RGB", (draft, draft))
     ImageOps.exif_transpose(picture, in_place=True)
@@ -94,7 +101,7 @@ def decode(data, draft=None):
 
 
 class RandomCrop:
-    """torchvision's RandomResizedCrop, with the same draws: RGB picture -> (3, size, size) uint8.
+    """torchvision's RandomResizedCrop, with the same draws: RGB picture, or tensor, -> (3, size, size) uint8.
 
     torch resizes four times as fast as Pillow; one value in 200 differs, by one grey level.
     """
@@ -103,11 +110,11 @@ class RandomCrop:
         self.size, self.smallest, self.mode = (size, size), smallest, mode
 
     def __call__(self, picture):
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, h, w), in the order of its pixels
-        top, left, height, width = transforms.RandomResizedCrop.get_params(
-            image, (self.smallest, 1.0), (3 / 4, 4 / 3)
-        )
-        crop = image[None, :, top : top + height, left : left + width]
+        if not torch.is_tensor(picture):
+            picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        scale, ratio = (self.smallest, 1.0), (3 / 4, 4 / 3)
+        top, left, height, width = transforms.RandomResizedCrop.get_params(picture, scale, ratio)
+        crop = picture[None, :, top : top + height, left : left + width]
         return F.interpolate(crop, self.size, mode=self.mode, antialias=True)[0]
 
     @property
@@ -842,8 +849,8 @@ def open_source(
     if os.path.isdir(spec):
         return Tree(spec, "train" if train else "val", captions)
     raise UserError(
-        f"{spec}: neither shapes[:N[,zipf]], nor .tar files (braces, globs, A::B), nor a .csv or .tsv file, nor "
-        "a folder of classes, nor cifar10[:DIR] or cifar100[:DIR]"
+        f"{spec}: neither shapes[:N[,zipf]], nor .tar files (braces, globs, A::B), nor a .csv or .tsv file, "
+        "nor a folder of classes, nor cifar10[:DIR] or cifar100[:DIR]"
     )
 
 
