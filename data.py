@@ -39,11 +39,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
 
@@ -58,14 +56,14 @@ class UserError(Exception):
 _FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
 EXTENSIONS = "jpg jpeg png webp gif bmp tif tiff ppm pgm avif".split()  # of the files that are pictures
 _MOST_PIXELS = 1024**3 // 12  # of a 256 MB picture; above it Pillow warns of a bomb
+Image.core.set_blocks_max(4)  # else Pillow returns its memory after each picture: a quarter of decoding
 
 
 def decode(data, draft=None):
     """Bytes of an image file -> RGB picture, upright. ValueError or OSError for what is none.
 
-    Alpha is laid on white; 16-bit grey is scaled to 8; of animations the first frame. draft: for training, a
-    JPEG may be decoded at 1/2, 1/4 .. of its size, if its sides stay at least `draft`, and else may come as a
-    tensor (3, h, w) uint8: torchvision gives the same pixels in half of the time.
+    Alpha is laid on white; 16-bit grey is scaled to 8; of animations the first frame. draft: a JPEG may be
+    decoded at 1/2, 1/4 .. of its size, if its sides stay at least `draft`.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -80,10 +78,6 @@ def decode(data, draft=None):
     elif picture.format in ("JPEG", "MPO") and data.endswith(bytes(8)):
         if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
             raise ValueError("a JPEG that ends in zeros")
-    if draft and picture.format == "JPEG" and picture.mode == "RGB" and short < 2 * draft:
-        if picture.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-            with contextlib.suppress(RuntimeError):  # a damaged JPEG: Pillow says in what way
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if draft:
         picture.draft("RGB", (draft, draft))
     ImageOps.exif_transpose(picture, in_place=True)
@@ -100,8 +94,11 @@ def decode(data, draft=None):
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
+_LOG_RATIOS = torch.tensor([3 / 4, 4 / 3]).log().tolist()
+
+
 class RandomCrop:
-    """torchvision's RandomResizedCrop, with the same draws: RGB picture, or tensor, -> (3, size, size) uint8.
+    """torchvision's RandomResizedCrop, with the same draws: RGB picture -> (3, size, size) uint8.
 
     torch resizes four times as fast as Pillow; one value in 200 differs, by one grey level.
     """
@@ -110,12 +107,26 @@ class RandomCrop:
         self.size, self.smallest, self.mode = (size, size), smallest, mode
 
     def __call__(self, picture):
-        if not torch.is_tensor(picture):
-            picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        scale, ratio = (self.smallest, 1.0), (3 / 4, 4 / 3)
-        top, left, height, width = transforms.RandomResizedCrop.get_params(picture, scale, ratio)
-        crop = picture[None, :, top : top + height, left : left + width]
-        return F.interpolate(crop, self.size, mode=self.mode, antialias=True)[0]
+        left, top, right, bottom = self.draw(*picture.size)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, h, w)
+        return F.interpolate(
+            image[None, :, top:bottom, left:right], self.size, mode=self.mode, antialias=True
+        )[0]
+
+    def draw(self, width, height):
+        """A box (left, top, right, bottom): `smallest` to 1 of the area, its sides 3:4 to 4:3."""
+        for _ in range(10):
+            area = width * height * torch.empty(1).uniform_(self.smallest, 1).item()
+            ratio = torch.empty(1).uniform_(*_LOG_RATIOS).exp().item()
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top = torch.randint(0, height - h + 1, (1,)).item()
+                left = torch.randint(0, width - w + 1, (1,)).item()
+                return left, top, left + w, top + h
+        # hardly a crop fits: the middle, as far as the ratios allow
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
 
     @property
     def draft(self):
@@ -888,7 +899,7 @@ class Samples(Dataset):
             used = (i + k) % len(self)
             try:
                 with torch.random.fork_rng(devices=[]):
-                    seed = hashlib.sha256(f"{self.seed} {self._epoch} {used}".encode()).digest()
+                    seed = hashlib.sha256(f"{self.seed} {int(self._epoch)} {used}".encode()).digest()
                     torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
                     return used, i if used != i else -1, *self.read(used)
             except UserError:
