@@ -1,7 +1,8 @@
 """Images and captions by random access: a sample has an int64 id, its position, and is read when asked for.
 
 A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, and what is known of it:
-`truth` (planted faults), `classes` and `labels`, `skipped` (files left out). `open_source` picks one from --data:
+`truth` (planted faults), `classes` and `labels`, `skipped` (files left out). `open_source` picks one from a
+--data argument:
 
     shapes:N[,zipf]              captioned pictures, drawn on demand, with planted faults   Shapes
     cc3m/{00000..00331}.tar      img2dataset / webdataset shards; globs; A::B joins sets    Shards
@@ -40,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 
@@ -56,13 +56,14 @@ class UserError(Exception):
 _FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
 EXTENSIONS = "jpg jpeg png webp gif bmp tif tiff ppm pgm avif".split()  # of the files that are pictures
 _MOST_PIXELS = 1024**3 // 12  # of a 256 MB picture; above it Pillow warns of a bomb
+Image.core.set_blocks_max(4)  # else Pillow returns its memory after each picture: a quarter of decoding
 
 
 def decode(data, draft=None):
     """Bytes of an image file -> RGB picture, upright. ValueError or OSError for what is none.
 
-    draft: a JPEG may be decoded at 1/2, 1/4 .. of its size, if its sides stay at least `draft`. Alpha is laid
-    on white; 16-bit grey is scaled to 8; of animations the first frame.
+    Alpha is laid on white; 16-bit grey is scaled to 8; of animations the first frame. draft: a JPEG may be
+    decoded at 1/2, 1/4 .. of its size, if its sides stay at least `draft`.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -93,6 +94,9 @@ def decode(data, draft=None):
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
+_LOG_RATIOS = torch.tensor([3 / 4, 4 / 3]).log().tolist()
+
+
 class RandomCrop:
     """torchvision's RandomResizedCrop, with the same draws: RGB picture -> (3, size, size) uint8.
 
@@ -103,12 +107,26 @@ class RandomCrop:
         self.size, self.smallest, self.mode = (size, size), smallest, mode
 
     def __call__(self, picture):
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, h, w), in the order of its pixels
-        top, left, height, width = transforms.RandomResizedCrop.get_params(
-            image, (self.smallest, 1.0), (3 / 4, 4 / 3)
-        )
-        crop = image[None, :, top : top + height, left : left + width]
-        return F.interpolate(crop, self.size, mode=self.mode, antialias=True)[0]
+        left, top, right, bottom = self.draw(*picture.size)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, h, w)
+        return F.interpolate(
+            image[None, :, top:bottom, left:right], self.size, mode=self.mode, antialias=True
+        )[0]
+
+    def draw(self, width, height):
+        """A box (left, top, right, bottom): `smallest` to 1 of the area, its sides 3:4 to 4:3."""
+        for _ in range(10):
+            area = width * height * torch.empty(1).uniform_(self.smallest, 1).item()
+            ratio = torch.empty(1).uniform_(*_LOG_RATIOS).exp().item()
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top = torch.randint(0, height - h + 1, (1,)).item()
+                left = torch.randint(0, width - w + 1, (1,)).item()
+                return left, top, left + w, top + h
+        # hardly a crop fits: the middle, as far as the ratios allow
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
 
     @property
     def draft(self):
@@ -842,8 +860,8 @@ def open_source(
     if os.path.isdir(spec):
         return Tree(spec, "train" if train else "val", captions)
     raise UserError(
-        f"{spec}: neither shapes[:N[,zipf]], nor .tar files (braces, globs, A::B), nor a .csv or .tsv file, nor "
-        "a folder of classes, nor cifar10[:DIR] or cifar100[:DIR]"
+        f"{spec}: neither shapes[:N[,zipf]], nor .tar files (braces, globs, A::B), nor a .csv or .tsv file, "
+        "nor a folder of classes, nor cifar10[:DIR] or cifar100[:DIR]"
     )
 
 
@@ -881,7 +899,7 @@ class Samples(Dataset):
             used = (i + k) % len(self)
             try:
                 with torch.random.fork_rng(devices=[]):
-                    seed = hashlib.sha256(f"{self.seed} {self._epoch} {used}".encode()).digest()
+                    seed = hashlib.sha256(f"{self.seed} {int(self._epoch)} {used}".encode()).digest()
                     torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
                     return used, i if used != i else -1, *self.read(used)
             except UserError:
