@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
+from torchvision.transforms import v2
 
 import clip_model
 import data
@@ -657,20 +658,104 @@ def test_views_follow_the_stated_distributions_and_differ_per_sample():
     assert not dataset[0][3].equal(drawn[0])
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- data: pictures and text
 
 
-def jpeg(colour=(200, 30, 30), size=(40, 30), form="JPEG", mode="RGB"):
+def encoded(picture, form="PNG", **options):
+    """The bytes of a picture's file."""
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(buffer, form)
+    picture.save(buffer, form, **options)
     return buffer.getvalue()
 
 
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
+def jpeg(colour=(200, 30, 30), size=(40, 30), form="JPEG", mode="RGB"):
+    return encoded(Image.new("RGB", size, colour).convert(mode), form)
+
+
+def png(colour, size=(8, 8)):
+    return jpeg(colour, size, form="PNG")
+
+
+def noise(width, height, seed=0):
+    """A smooth random picture."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+ORIENTED = Image.Exif()
+ORIENTED[274] = 6  # to be turned by a quarter
+
+
+@pytest.mark.parametrize("content, size, pixel", [
+    (jpeg((200, 30, 30)), (40, 30), (200, 30, 30)),
+    (jpeg((200, 30, 30), mode="CMYK"), (40, 30), (200, 30, 30)),
+    (jpeg((99, 99, 99), mode="L"), (40, 30), (99, 99, 99)),
+    (jpeg((200, 30, 30), form="PNG", mode="P"), (40, 30), (204, 51, 51)),  # of the web palette
+    (jpeg((200, 30, 30), form="GIF"), (40, 30), (200, 30, 30)),
+    (jpeg((200, 30, 30), form="TIFF"), (40, 30), (200, 30, 30)),
+    (jpeg((200, 30, 30), form="BMP", size=(1, 1)), (1, 1), (200, 30, 30)),
+    (encoded(Image.fromarray(np.full((4, 4), 30000, np.uint16))), (4, 4), (117, 117, 117)),
+    (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), (4, 4), (255, 255, 255)),
+    (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0))), (4, 4), (255, 255, 255)),
+    (encoded(Image.new("LA", (4, 4), (0, 128))), (4, 4), (127, 127, 127)),
+    (encoded(Image.new("RGB", (40, 20), (9, 9, 9)), "JPEG", exif=ORIENTED), (20, 40), (9, 9, 9)),
+])  # fmt: skip
+def test_pictures_of_every_kind_become_rgb(content, size, pixel):
+    picture = data.decode(content)
+    assert picture.mode == "RGB" and picture.size == size
+    assert np.abs(np.array(picture.getpixel((0, 0))) - pixel).max() <= 5
+
+
+def test_a_jpeg_is_decoded_no_smaller_than_the_draft():
+    content = encoded(noise(400, 300), "JPEG")
+    assert [data.decode(content, draft).size for draft in (None, 151, 150, 75)] == [
+        (400, 300), (400, 300), (200, 150), (100, 75)
+    ]  # fmt: skip
+    crop = data.RandomCrop(64, 0.25)
+    assert crop.draft == 128  # a quarter of the area of 128 x 128 is 64 x 64
+
+
+def test_random_crops_are_those_of_torchvision():
+    for seed, (width, height) in enumerate(itertools.product((1, 3, 40, 97, 300), repeat=2)):
+        for smallest in (0.08, 0.9):
+            torch.manual_seed(seed)
+            ours, after = data.RandomCrop(8, smallest).draw(width, height), torch.rand(1)
+            torch.manual_seed(seed)
+            crop = v2.RandomResizedCrop(8, (smallest, 1.0)).make_params([torch.empty(3, height, width)])
+            expected = crop["left"], crop["top"], crop["left"] + crop["width"], crop["top"] + crop["height"]
+            assert ours == expected and torch.rand(1).equal(after)
+    for mode, smallest in (("bicubic", 0.9), ("bilinear", 0.08)):
+        for seed in range(8):
+            picture = noise(97, 71, seed)
+            torch.manual_seed(seed)
+            ours = data.RandomCrop(48, smallest, mode)(picture)
+            torch.manual_seed(seed)
+            crop = v2.RandomResizedCrop(48, (smallest, 1.0), interpolation=v2.InterpolationMode(mode))
+            difference = (v2.functional.pil_to_tensor(crop(picture)).int() - ours.int()).abs()
+            assert ours.shape == (3, 48, 48) and ours.dtype == torch.uint8
+            assert difference.max() <= 1 and (difference > 0).double().mean() < 0.1
+
+
+def test_evaluation_sees_the_middle():
+    picture = noise(90, 60)
+    for size, crop, side in ((32, 1.0, 32), (28, 0.875, 32)):
+        shorter = picture.resize((side * 90 // 60, side), Image.Resampling.BICUBIC)
+        left, top = (shorter.width - size) / 2, (side - size) / 2
+        expected = shorter.crop((int(left), int(top), int(left) + size, int(top) + size))
+        seen = data.eval_transform(size, crop)(picture)
+        assert seen.dtype == torch.uint8 and seen.permute(1, 2, 0).equal(torch.tensor(np.array(expected)))
+    plain = data.eval_transform(32, interpolation=v2.InterpolationMode.BILINEAR)(picture)
+    assert not plain.equal(data.eval_transform(32)(picture))
+
+
+# ---------------------------------------------------------------- data: sources
+
+
+def write_tar(path, members, form=tarfile.DEFAULT_FORMAT, mtime=0):
+    with tarfile.open(path, "w", format=form) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
-            info.size = len(content)
+            info.size, info.mtime = len(content), mtime
             tar.addfile(info, io.BytesIO(content))
     return str(path)
 
@@ -690,51 +775,143 @@ def test_shards_are_read_by_position(tmp_path):
         source = data.open_source(str(tmp_path / spec))
         assert [source.caption(i) for i in (0, 9, 10, 29)] == [f"caption {i}" for i in (0, 9, 10, 29)]
         assert source.meta(17) == {"key": 17} and source.image(17).size == (40, 30)
+        assert "00001.tar, 00017.jpg at byte" in source.where(17)
     joined = data.open_source(f"{tmp_path}/00002.tar::{tmp_path}/00000.tar")
     assert len(joined) == 20 and joined.caption(0) == "caption 20"
+    assert pickle.loads(pickle.dumps(joined)).caption(19) == "caption 9"  # as loading processes may get it
     assert joined.fingerprint() != data.open_source(str(tmp_path / "0000[02].tar")).fingerprint()
+    assert joined.fingerprint() == data.open_source(f"{tmp_path}/0000{{2,0}}.tar").fingerprint()
 
 
 def test_index_follows_its_tar_and_is_never_unpickled(tmp_path):
     path = shard(tmp_path / "a.tar", 0, 3)
     assert len(data.open_source(path)) == 3
     (cache,) = (tmp_path / "cache" / "scan").iterdir()
+    whole = cache.read_bytes()
     np.save(cache, np.array([{"evil": 1}], dtype=object), allow_pickle=True)
-    assert len(data.open_source(path)) == 3  # indexed anew
+    assert len(data.open_source(path)) == 3 and cache.read_bytes() == whole  # indexed anew
+    cache.write_bytes(whole[:140] + b"\7" + whole[141:])
+    assert data.open_source(path).caption(0) == "caption 0" and cache.read_bytes() == whole
     old = data.open_source(path)
     shard(tmp_path / "a.tar", 5, 4)
     assert data.open_source(path).caption(3) == "caption 8"
-    with pytest.raises(data.DataError, match="changed since"):
+    with pytest.raises(data.UserError, match="changed since"):
         old.caption(0)
 
 
-def test_links_in_tars_are_not_followed(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("1.jpg", "1.txt"):
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            tar.addfile(link)
-    with pytest.raises(data.DataError, match="no sample"):
-        data.open_source(str(tmp_path / "a.tar"))
+def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monkeypatch, capsys):
+    paths = [shard(tmp_path / f"{k}.tar", 10 * k, 2) for k in range(4)]
+    opened, index = [], data._tar_index
+    monkeypatch.setattr(data, "_tar_index", lambda path, status: opened.append(path) or index(path, status))
+    monkeypatch.setenv("LOCAL_RANK", "1"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    second = data.open_source(str(tmp_path / "*.tar"))
+    assert opened == [paths[k] for k in (2, 3, 0, 1)]
+    assert [second.caption(i) for i in range(8)] == [
+        f"caption {10 * k + j}" for k in range(4) for j in (0, 1)
+    ]
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(data, "_plain_members", None)  # nothing is indexed twice
+    ticks = itertools.count(0, 5)
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(ticks))
+    assert data.open_source(str(tmp_path / "*.tar")).fingerprint() == second.fingerprint()
+    said = capsys.readouterr().err
+    assert "\rindexing: 1 of 4 tar files, 2 samples" in said and said.endswith(
+        "4 of 4 tar files, 8 samples\n"
+    )
 
 
-@pytest.mark.parametrize("cut", [100, 700, 5000])
-def test_truncated_tar_is_refused(tmp_path, cut):
-    path = Path(shard(tmp_path / "a.tar", 0, 5))
-    path.write_bytes(path.read_bytes()[:-cut] if cut == 5000 else path.read_bytes()[:cut])
-    if cut == 5000:
-        path.write_bytes(path.read_bytes()[: 8 * 512 + 100])
-    with pytest.raises(data.DataError, match="a.tar"):
-        data.open_source(str(path))
+LONG = "a/long/name/" * 12  # takes headers of its own
+FORMS = {  # form, time and folder of a tar's members, and whether its headers are plain
+    "ustar": (tarfile.USTAR_FORMAT, 0, "", True),
+    "gnu": (tarfile.GNU_FORMAT, 1.6e9, "a/", True),
+    "pax": (tarfile.PAX_FORMAT, 0, "./", True),
+    "webdataset's": (tarfile.PAX_FORMAT, 1600000000.25, "", True),
+    "ustar, prefix": (tarfile.USTAR_FORMAT, 0, LONG, False),
+    "gnu, long": (tarfile.GNU_FORMAT, 0, LONG, False),
+    "pax, long": (tarfile.PAX_FORMAT, 0, LONG, False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_plain_tars_are_indexed_as_tarfile_reads_them(tmp_path, form):
+    form, mtime, folder, plain = FORMS[form]
+    members = [(f"{folder}{k}.{kind}", bytes([k]) * 300 * k) for k in range(5) for kind in ("png", "txt")]
+    path = write_tar(tmp_path / "a.tar", members, form, int(mtime) if mtime == 1.6e9 else mtime)
+    with open(path, "rb") as file:
+        found = list(data._members(file))
+        file.seek(0)
+        assert [(name, file.seek(at) and file.read(size)) for name, at, size in found] == members
+        if plain:
+            assert list(data._plain_members(file.fileno())) == found
+        else:
+            with pytest.raises(ValueError):
+                list(data._plain_members(file.fileno()))
+    source = data.open_source(path)
+    assert [source._read(i, part) for i in range(5) for part in (0, 1)] == [content for _, content in members]
+
+
+def header(name, size, **fields):
+    """One tar header, as a broken or hostile writer might leave it."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+GOOD = b"".join([header("a.png", 9), bytes(512), header("a.txt", 3), b"red", bytes(509 + 1024)])
+NEGATIVE = bytearray(header("b.png", 100))
+NEGATIVE[124:136] = b"\xff" * 11 + b"\x00"  # a negative size, in base 256
+NEGATIVE[148:156] = b"%06o\0 " % (256 + sum(NEGATIVE[:148]) + sum(NEGATIVE[156:]))
+
+
+@pytest.mark.parametrize("content, message", [
+    (gzip.compress(GOOD), "not a whole tar"), (b"", "not a whole tar"), (b"hello" * 500, "not a whole tar"),
+    (bytes(10240), "no sample"), (GOOD[1024:], "no sample"),  # captions alone
+    (header("b.png", 1 << 40) + bytes(2048), "not a whole tar"),
+    (bytes(NEGATIVE) + bytes(2048), "not a whole tar"),
+    (GOOD[:100], "not a whole tar"), (GOOD[:700], "not a whole tar"), (GOOD[:1024], "not a whole tar"),
+    (GOOD[:1300], "not a whole tar"), (GOOD[:2048], "not a whole tar"),  # no end mark
+    (GOOD[:2048] + GOOD[:300], "not a whole tar"), (GOOD[:1024] + b"x" + GOOD[1025:], "not a whole tar"),
+    (GOOD[:250] + b"x" + GOOD[251:], "not a whole tar"),  # in no field that is read
+    (GOOD + bytes(1 << 20) + GOOD, "not a whole tar"), (GOOD + GOOD, "not a whole tar"),
+    # links and folders alone
+    (header("1.jpg", 0, type=b"2", linkname="/etc/passwd") + header("1.txt", 0, type=b"5") + bytes(1024),
+     "no sample"),
+])  # fmt: skip
+def test_bad_tars_are_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / "bad.tar").write_bytes(content)
+    with pytest.raises(data.UserError, match=message) as error:
+        data.open_source(str(tmp_path / "bad.tar"))
+    assert "\n" not in str(error.value) and "bad.tar" in str(error.value)
+
+
+def test_members_that_are_no_files_are_passed_over(tmp_path):
+    red, rest = png("red"), bytes(-len(png("red")) % 512)
+    parts = [header("../../up.png", len(red)), red, rest, header("../../up.txt", 3), b"red", bytes(509)]
+    for kind, name in ((tarfile.SYMTYPE, "b.png"), (tarfile.LNKTYPE, "c.png"), (tarfile.DIRTYPE, "d.png")):
+        parts += [header(name, 0, type=kind, linkname="/etc/passwd")]
+    parts += [header("E.PNG", len(red)), red, rest, header("E.txt", 1), b"x", bytes(511)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(1024))
+    source = data.open_source(str(tmp_path / "a.tar"))
+    assert [source.caption(i) for i in range(len(source))] == ["red", "x"]  # read in place, never extracted
+    assert {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
+
+
+@pytest.mark.parametrize("name", ["pipe.tar", "pipe.csv"])
+def test_nobody_waits_for_a_pipe(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(data.UserError, match="not a regular file"):
+        data.open_source(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("text, message", [
     ("file;caption\na;b\n", "filepath"), ("filepath,title\n", "no rows"), ("", "filepath"),
-    ("filepath,title\na\n", "line 2"),
+    ("filepath,title\na\n", "line 2"), ('filepath,title\na,b\nc,"d\ne,f\n', "line 3: a quote"),
 ])  # fmt: skip
 def test_wrong_tables_get_one_line(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(data.UserError, match=message) as error:
         data.open_source(str(tmp_path / "a.csv"))
     assert "\n" not in str(error.value)
 
@@ -743,66 +920,76 @@ def test_wrong_tables_get_one_line(tmp_path, text, message):
 def test_tables_of_any_delimiter(tmp_path, delimiter):
     (tmp_path / "img").mkdir()
     (tmp_path / "img" / "ü.jpg").write_bytes(jpeg())
-    rows = [
-        ["n", "title", "filepath"],
-        ["1", '"two\nlines, quoted"', "img/ü.jpg"],
-        ["2", "plain", "img/ü.jpg"],
-    ]
+    rows = [["n", "title", "filepath"], ["1", '"two\nlines, quoted"', "img/ü.jpg"], ["2", "plain", "x.jpg"]]
+    rows += [["3", "", "img/ü.jpg"]]
     (tmp_path / "a.tsv").write_text("\n".join(delimiter.join(row) for row in rows), encoding="utf-8")
     source = data.open_source(str(tmp_path / "a.tsv"))
-    assert [source.caption(i) for i in range(2)] == ["two\nlines, quoted", "plain"]
-    assert source.image(1).size == (40, 30)
+    assert [source.caption(i) for i in range(3)] == ["two\nlines, quoted", "plain", ""]
+    assert source.image(2).size == (40, 30)
+    assert source.same_images() == ([0, 1], [0, 1, 0])
+    (tmp_path / "b.tsv").write_text((tmp_path / "a.tsv").read_text().replace("plain", "Plain"))
+    assert data.open_source(str(tmp_path / "b.tsv")).fingerprint() != source.fingerprint()
 
 
-def test_decoding_of_unusual_pictures():
-    for content in (
-        jpeg(mode="CMYK"),
-        jpeg(mode="L"),
-        jpeg(form="PNG", mode="P"),
-        jpeg(form="GIF"),
-        jpeg(size=(1, 1)),
+def test_class_folders_of_every_format(tmp_path):
+    forms = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"] + ["AVIF"] * features.check("avif")
+    for k, form in enumerate(forms):
+        folder = tmp_path / f"class {k % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{k}.{form}").write_bytes(encoded(noise(16, 12), form))
+    for name in ("notes.txt", "raw.CR2", "raw.cr2"):
+        (tmp_path / "class 0" / name).write_bytes(b"x")
+    source = data.open_source(str(tmp_path))
+    assert len(source) == len(forms) and all(source.image(i).size == (16, 12) for i in range(len(source)))
+    assert source.skipped == {".txt": 1, ".cr2": 2} and data.Shapes(2).skipped == {}
+    assert source.caption(0) == "class 0" and source.labels.tolist() == sorted(
+        k % 2 for k in range(len(forms))
+    )
+
+
+def test_pictures_alone_are_enough_for_moco(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for k in range(3):
+        (tmp_path / "flat" / f"{k}.jpg").write_bytes(jpeg())
+    assert len(data.open_source(str(tmp_path / "flat"), captions=False)) == 3
+    with pytest.raises(data.UserError, match="no class folders"):
+        data.open_source(str(tmp_path / "flat"))
+    tar = write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", jpeg())])
+    assert len(data.open_source(tar, captions=False)) == 2
+    with pytest.raises(data.UserError, match="no sample"):
+        data.open_source(tar)
+
+
+def test_labels_from_cls_json_and_tables(tmp_path):
+    def labelled(name, label_key=None, **parts):
+        members = []
+        for k in range(3):
+            members += [(f"{k}.jpg", jpeg())]
+            members += [(f"{k}.{kind}", values[k]) for kind, values in parts.items() if values[k] is not None]
+        path = write_tar(tmp_path / name, members)
+        return data.open_source(path, captions=False, label_key=label_key)
+
+    numbers, names = labelled("a.tar", cls=[b"10", b"9", b"10"]), labelled("b.tar", cls=[b"x\n", b"b", b"x"])
+    assert numbers.classes == ["9", "10"] and numbers.labels.tolist() == [1, 0, 1]
+    assert names.classes == ["b", "x"] and names.labels.tolist() == [1, 0, 1]
+    with pytest.raises(data.UserError, match="c.tar, 1.jpg at byte .*no .cls"):
+        labelled("c.tar", cls=[b"1", None, b"2"]).labels  # noqa: B018
+    assert labelled("d.tar").labels is None and labelled("e.tar").classes is None
+    groups = [json.dumps({"group": g}).encode() for g in ("food", "animals", "food")]
+    source = labelled("f.tar", "group", json=groups, cls=[b"1"] * 3)
+    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0, 1]
+    for number, (json_of, message) in enumerate(
+        [([b"[]"] * 3, "no names"), (groups[:2] + [None], "neither")]
     ):
-        assert data.decode(content).mode == "RGB"
-    grey = Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16))
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    for picture, value in ((grey, 117), (clear, 255)):
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        assert abs(data.decode(buffer.getvalue()).getpixel((0, 0))[0] - value) < 3
-    upright = Image.new("RGB", (40, 20))
-    exif = upright.getexif()
-    exif[274] = 6
-    buffer = io.BytesIO()
-    upright.save(buffer, "JPEG", exif=exif)
-    assert data.decode(buffer.getvalue()).size == (20, 40)
-
-
-def test_unreadable_samples_are_replaced_and_named(tmp_path):
-    bad = [(b"", b"x"), (b"no picture", b"x"), (jpeg()[:300], b"x"), (jpeg(), b" \n")]
-    members = []
-    for i, (image, text) in enumerate([(jpeg(), b"good"), *bad, (jpeg(), b"fine")]):
-        members += [(f"{i}.jpg", image), (f"{i}.txt", text)]
-    source = data.open_source(write_tar(tmp_path / "a.tar", members))
-    pairs = data.Pairs(source, data.HashedWords(), 16)
-    assert [pairs[i][:2] for i in range(6)] == [
-        (0, -1),
-        (5, 1),
-        (5, 2),
-        (5, 3),
-        (5, 4),
-        (5, -1),
-    ]
-
-
-def test_augmentation_depends_on_seed_epoch_and_id_alone():
-    pairs = data.Pairs(data.Shapes(8), data.HashedWords(), 32)
-    torch.manual_seed(0)
-    before, first = torch.get_rng_state(), pairs[3][2]
-    assert torch.get_rng_state().equal(before)
-    torch.rand(5)
-    assert pairs[3][2].equal(first)
-    pairs.set_epoch(1)
-    assert not pairs[3][2].equal(first)
+        with pytest.raises(data.UserError, match=message):
+            labelled(f"g{number}.tar", "group", json=json_of).labels  # noqa: B018
+    with pytest.raises(data.UserError, match="no 'kind'"):
+        labelled("h.tar", "kind", json=groups).labels  # noqa: B018
+    (tmp_path / "a.csv").write_text("filepath,title,group\na.jpg,x,food\nb.jpg,y,animals\n")
+    source = data.open_source(str(tmp_path / "a.csv"), label_key="group")
+    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0]
+    with pytest.raises(data.UserError, match="no column 'kind'"):
+        data.open_source(str(tmp_path / "a.csv"), label_key="kind")
 
 
 def test_shapes_plant_what_they_say():
@@ -819,18 +1006,312 @@ def test_shapes_plant_what_they_say():
     assert all(clean.classes[clean.labels[i]] in clean.caption(i) for i in range(128))
 
 
+def test_shapes_with_a_long_tail():
+    source = data.open_source("shapes:4000,zipf")
+    counts = np.sort(np.bincount(source.labels, minlength=64))[::-1]
+    expected = 4000 / np.arange(1, 65) / (1 / np.arange(1, 65)).sum()
+    assert (np.abs(counts - expected) <= 5 * np.sqrt(expected) + 3).all()
+    other = data.open_source("shapes:4000,zipf", seed=1)
+    assert np.bincount(other.labels).argmax() == np.bincount(source.labels).argmax()  # alike for every seed
+    balanced = data.open_source("shapes:128,zipf", train=False)
+    assert np.bincount(balanced.labels).tolist() == [2] * 64
+    assert source.fingerprint() != data.open_source("shapes:4000").fingerprint()
+    with pytest.raises(data.UserError, match="zipf"):
+        data.open_source("shapes:zipf")
+
+
+# ---------------------------------------------------------------- data: the datasets
+
+
+WORDS = clip_model.HashedWords()
+
+
+def test_augmentation_depends_on_seed_epoch_and_id_alone():
+    def crops(**options):
+        return (
+            data.Pairs(data.Shapes(8), WORDS, 32, **options),
+            data.Views(data.Shapes(8), 32, moco.draw_views, **options),
+        )
+
+    for dataset, other in zip(crops(), crops(seed=1)):
+        torch.manual_seed(0)
+        before, first = torch.get_rng_state(), dataset[3]
+        assert torch.get_rng_state().equal(before)
+        torch.rand(5)
+        assert all(torch.equal(x, y) for x, y in zip(dataset[3][2:], first[2:]))
+        assert not other[3][2].equal(first[2])
+        dataset.set_epoch(1)
+        assert not dataset[3][2].equal(first[2])
+    views = crops()[1]
+    _, _, two_crops, numbers = views[3]
+    assert two_crops.shape == (2, 3, 32, 32) and numbers.shape == (2, 9)
+    assert not two_crops[0].equal(two_crops[1]) and not numbers[0].equal(numbers[1])
+    assert not views[4][3].equal(numbers) and list(views.truth) == ["redundant"]
+
+
+class Stub:
+    """A source of a billion pictures, of which all before `good` can't be read."""
+
+    truth = {}
+    good = 0
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 10**9
+
+    def image(self, i, draft=None):
+        self.asked.append(i)
+        if i < self.good or self.good < 0:
+            raise TypeError("a bug\nin a reader")
+        return Image.new("RGB", (8, 8))
+
+    def caption(self, i):
+        return f"number {i}"
+
+    def where(self, i):
+        return f"place {i}"
+
+
+def test_any_id_of_a_billion_is_read_at_once():
+    source = Stub()
+    pairs, began = data.Pairs(source, WORDS, 8), time.monotonic()
+    assert pairs[10**9 - 1][:2] == (10**9 - 1, -1)
+    assert time.monotonic() - began < 1
+    source.good = 2
+    assert pairs[0][:2] == (2, 0) and pairs[1][:2] == (2, 1)
+    source.good, source.asked = -1, []
+    with pytest.raises(
+        data.UserError, match="100 samples.*place 999999998: TypeError: a bug in a r"
+    ) as error:
+        pairs[10**9 - 2]
+    assert source.asked == [10**9 - 2, 10**9 - 1, *range(98)] and "\n" not in str(error.value)
+    assert isinstance(error.value.__cause__, TypeError)
+    assert pairs.why(5) == "place 5: TypeError: a bug in a reader"
+    source.good = 0
+    assert pairs.why(5) == "place 5: can be read now"
+
+
+def test_batches_name_only_what_failed():
+    image, tokens, views = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor([7, 8]), torch.ones(2, 9)
+    ids, failed, images, padded = data.collate([(5, -1, image, tokens), (7, 6, image, tokens[:1])])
+    assert ids.tolist() == [5, 7] and failed.tolist() == [6] and images.shape == (2, 3, 4, 4)
+    assert padded.tolist() == [[7, 8], [7, 0]]
+    _, failed, _, numbers = data.collate([(0, -1, image, views)] * 3)
+    assert failed.shape == (0,) and failed.dtype == ids.dtype == torch.int64 and numbers.shape == (3, 2, 9)
+
+
 def test_mismatch_shuffles_its_share_and_keeps_the_truth():
     source = data.Shapes(200, ill_matched=0, duplicates=0)
-    pairs = data.Pairs(source, data.HashedWords(), 16, mismatch=0.2)
+    pairs = data.Pairs(source, WORDS, 16, mismatch=0.2)
     moved = pairs.truth["ill_matched"]
     assert moved.sum() == 40
     assert all((pairs.caption_of[i] != i) == moved[i] for i in range(200))
     assert sorted(pairs.caption_of) == list(range(200))
+    assert pairs[1][3].tolist() == WORDS(source.caption(pairs.caption_of[1])).tolist()
     assert pairs.fingerprint() != data.Pairs(source, None, 16).fingerprint()
 
 
+BOMB = bytearray(png("red"))
+BOMB[16:24] = (10_000).to_bytes(4, "big") * 2
+BOMB[29:33] = zlib.crc32(BOMB[12:29]).to_bytes(4, "big")
+FLIPPED = bytearray(png("red"))
+FLIPPED[-20] ^= 1  # in the checksum of the pixels
+DEEP = b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+BAD_SAMPLES = [  # a picture, its text, and what is said of them
+    (b"", (".txt", b"x"), "no picture, but 0 bytes"),
+    (b"words", (".txt", b"x"), "no picture, but 5 bytes: b'words'"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n", (".txt", b"x"), "no picture"),
+    (b"GIF89a" + bytes(20), (".txt", b"x"), ""),
+    (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
+    (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
+    (jpeg(size=(64, 64))[:300], (".txt", b"x"), "truncated"),
+    (jpeg(size=(64, 64))[:-200] + bytes(200), (".txt", b"x"), "ends in zeros"),
+    (png("red")[:-30], (".txt", b"x"), ""),
+    (bytes(FLIPPED), (".txt", b"x"), "checksum"),
+    (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), (".txt", b"x"), "not finite"),
+    (png("red"), (".txt", b""), "caption is empty"),
+    (png("red"), (".txt", b" \n\t"), "caption is empty"),
+    (png("red"), (".txt", b"caf\xe9 noir"), "caption is not UTF-8 after 'caf'"),
+    (png("red"), (".txt", "red".encode("utf-16")), "caption is not UTF-8"),
+    (png("red"), (".txt", bytes(9)), "NUL"),
+    (png("red"), (".json", b"[1, 2]"), "no names and values"),
+    (png("red"), (".json", b'{"caption": null}'), 'no text under "caption"'),
+    (png("red"), (".json", b'{"text": "x"}'), 'no text under "caption"'),
+    (png("red"), (".json", b'{"caption": "\\ud800"}'), "not UTF-8"),
+    (png("red"), (".json", b"{"), ".json can't be read"),
+    (png("red"), (".json", DEEP), ".json can't be read"),
+    (png("red"), (".json", b"\xff\xfe"), ".json can't be read"),
+    (png("red"), (".cls", b"1"), "neither a .txt nor a .json"),
+]  # fmt: skip
+
+
+def test_bad_samples_are_replaced_and_the_cause_is_said(tmp_path):
+    members, n = [], len(BAD_SAMPLES)
+    for i, (picture, (kind, text), _) in enumerate([*BAD_SAMPLES, (png("blue"), (".txt", b"good"), "")]):
+        members += [(f"{i}.png", picture), (f"{i}{kind}", text)]
+    pairs = data.Pairs(data.open_source(write_tar(tmp_path / "a.tar", members)), WORDS, 16)
+    assert [pairs[i][:2] for i in range(n + 1)] == [(n, i) for i in range(n)] + [(n, -1)]
+    for i, (_, _, cause) in enumerate(BAD_SAMPLES):
+        why = pairs.why(i)
+        assert why.startswith(f"{tmp_path}/a.tar, {i}.png at byte ") and cause in why and "\n" not in why
+    evaluated = data.Pictures(pairs.source, data.eval_transform(8))
+    assert evaluated[n][0] == n and evaluated[n][1].shape == (3, 8, 8)
+    with pytest.raises(data.UserError, match="1.png at byte .*: no picture"):
+        evaluated[1]
+
+
+def test_bad_rows_of_a_table_are_replaced_and_the_cause_is_said(tmp_path):
+    causes = {
+        b"folder,x": "",
+        b"pipe,x": "not a regular file",
+        b"/dev/null,x": "not a regular file",
+        b"missing.png,x": f"{tmp_path}/missing.png (row 4 below the header of {tmp_path}/a.csv): No such",
+        b"good.png,caf\xe9": "not UTF-8 after 'caf'",
+        b"good.png,": "caption is empty",
+    }
+    (tmp_path / "folder").mkdir(), os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "good.png").write_bytes(png("blue"))
+    (tmp_path / "a.csv").write_bytes(b"\n".join([b"filepath,title", *causes, b"good.png,x"]))
+    pairs = data.Pairs(data.open_source(str(tmp_path / "a.csv")), WORDS, 16)
+    assert [pairs[i][:2] for i in range(7)] == [(6, i) for i in range(6)] + [(6, -1)]
+    for i, cause in enumerate(causes.values()):
+        assert f"(row {i + 1} below the header of" in pairs.why(i) and cause in pairs.why(i)
+
+
+@pytest.mark.parametrize("text", [
+    b"x" * 10_000_000, b"\xef\xbb\xbfred", "\u202e".encode(), "é".encode() * 9999, b"y" + "é".encode() * 9999
+])  # fmt: skip
+def test_odd_captions_give_tokens(text, tmp_path):
+    source = data.open_source(write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", text)]))
+    used, failed, _, tokens = data.Pairs(source, WORDS, 16)[0]
+    assert (used, failed) == (0, -1) and 3 <= len(tokens) <= 77
+    assert text.decode("utf-8-sig").startswith(source.caption(0))
+
+
+# ---------------------------------------------------------------- data: fuzz
+
+
+def mutate(content, rng):
+    """A few bytes flipped, or a stretch cut, zeroed, doubled or moved."""
+    content, n = bytearray(content), len(content)
+    a, b = sorted(rng.integers(0, n + 1, 2))
+    b = min(b, a + int(rng.choice([1, 16, 512, 4096])))
+    kind = rng.integers(6)
+    if kind == 0:
+        for at in rng.integers(0, n, rng.integers(1, 4)):
+            content[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        content = content[:a]
+    elif kind == 2:
+        content[a:b] = bytes(b - a)
+    elif kind == 3:
+        content[a:a] = content[a:b]
+    elif kind == 4:
+        del content[a:b]
+    else:
+        at = int(rng.integers(0, n - (b - a) + 1))
+        content[at : at + b - a] = content[a:b]
+    return bytes(content)
+
+
+FUZZ = int(os.environ.get("SCAN_FUZZ", 1))  # how many times the usual number of mutations
+
+
+def plainly(path):
+    """(image, caption or None) bytes of a tar's samples, as tarfile reads them from the start to the end."""
+    samples, last = [], None
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            stem, _, kind = os.path.basename(member.name).partition(".")
+            key = os.path.dirname(member.name), stem
+            if member.isreg() and not member.issparse() and kind.lower() in ("png", "txt"):
+                if key != last:
+                    samples.append({})
+                samples[-1].setdefault(kind.lower(), tar.extractfile(member).read())
+                last = key
+    return [(s["png"], s.get("txt")) for s in samples if "png" in s]
+
+
+def with_checksums(content):
+    """Bytes of a tar, whose headers get the checksum of what is in them: else damage never comes further."""
+    content = bytearray(content)
+    for at in range(0, len(content) - 511, 512):
+        if content[at + 257 : at + 262] == b"ustar":
+            content[at + 148 : at + 156] = b"%06o\0 " % (
+                256 + sum(content[at : at + 148]) + sum(content[at + 156 : at + 512])
+            )
+    return bytes(content)
+
+
+@pytest.mark.parametrize("form", ["ustar", "webdataset's", "pax, long", "gnu", "gnu, long"])
+def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path, form, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # no cache: written anew, a file may look the same
+    form, mtime, folder, _ = FORMS[form]
+    colours, members = [(40 * k, 9, 99) for k in range(5)], []
+    for k, colour in enumerate(colours):
+        members += [(f"{folder}{k}.png", png(colour)), (f"{folder}{k}.txt", b"caption number %d" % k)]
+    path = tmp_path / "a.tar"
+    original = Path(write_tar(path, members, form, mtime if form == tarfile.PAX_FORMAT else 0)).read_bytes()
+    original = original.rstrip(b"\0")
+    original += bytes(-len(original) % 512 + 1024)
+    read = refused = replaced = 0
+    for seed in range(200 * FUZZ):
+        rng = np.random.default_rng(seed)
+        content = mutate(original, rng)
+        path.write_bytes(with_checksums(content) if rng.integers(2) else content)
+        try:
+            source = data.open_source(str(path))
+        except data.UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        expected = plainly(path)
+        assert [source._read(i, 0) for i in range(len(source))] == [image for image, _ in expected], seed
+        pairs = data.Pairs(source, WORDS, 8)
+        try:
+            items = [pairs[i] for i in range(len(pairs))]
+        except data.UserError as error:
+            assert "not one of" in str(error)
+            continue
+        for i, (used, failed, image, tokens) in enumerate(items):
+            text = expected[used][1]
+            assert failed == (-1 if used == i else i) and tokens.tolist() == WORDS(text.decode()).tolist()
+            assert tuple(image[:, 0, 0].tolist()) in colours, seed  # PNG's checksums let nothing else through
+            replaced += failed == i
+        read += 1
+        for file in source._files.values():
+            os.close(file)
+    assert min(read, refused, replaced) > 3 * FUZZ
+
+
+def test_fuzzed_tables_give_their_rows_or_are_refused(tmp_path):
+    rows = [f'images/{k}.png,"a caption, the {k}th"' for k in range(8)]
+    original = "\r\n".join(["filepath,title", *rows]).encode()
+    path, read, refused = tmp_path / "a.csv", 0, 0
+    for seed in range(600 * FUZZ):
+        path.write_bytes(mutate(original, np.random.default_rng(seed)))
+        try:
+            source = data.open_source(str(path))
+        except data.UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            expected = [(row["filepath"], row["title"]) for row in csv.DictReader(file)]
+        assert list(zip(source.images, source.captions)) == expected, seed
+        for i, (_, title) in enumerate(expected):
+            try:
+                assert source.caption(i) == title, seed
+            except ValueError:  # counts as unreadable
+                assert "\0" in title or not title.isprintable(), seed
+        read += 1
+    assert min(read, refused) > 10 * FUZZ
+
+
 def test_hashed_words():
-    words = data.HashedWords()
+    words = clip_model.HashedWords()
     expected = [1 + zlib.crc32(word) % 49405 for word in (b"red", b"circle", b"!")]
     assert words("Red CIRCLE!").tolist() == [49406, *expected, 49407]
     assert (
@@ -842,7 +1323,7 @@ def test_hashed_words():
 def test_bpe_with_a_small_vocabulary(tmp_path):
     path = tmp_path / "vocab.gz"
     path.write_bytes(gzip.compress(b"version\nr e\nre d</w>\nc a\nca t</w>\n"))
-    bpe = data.BPE(path)
+    bpe = clip_model.BPE(path)
     start, end = bpe.vocab_size - 2, bpe.vocab_size - 1
     assert bpe.vocab_size == 512 + 4 + 2
     # bytes are numbered from "!" = 0; the same with </w> from 256; merges from 512
@@ -851,8 +1332,8 @@ def test_bpe_with_a_small_vocabulary(tmp_path):
     assert bpe("“red”").tolist() == [start, 1 + 256, 513, 1 + 256, end] == bpe("&quot;red&quot;").tolist()
     assert len(bpe("cat " * 200)) == 77 and bpe("cat " * 200)[-1] == end
     path.write_bytes(b"not gzip")
-    with pytest.raises(data.DataError, match="vocab"):
-        data.BPE(path)
+    with pytest.raises(ValueError):
+        clip_model.BPE(path)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -1136,35 +1617,6 @@ def test_several_captions_of_an_image(tmp_path):
     assert (
         evaluation.retrieval(model, words, source, torch.device("cpu"))["t2i_r1"] == 1.0
     )  # first words alone
-
-
-def test_labels_from_json_and_tables(tmp_path):
-    members = []
-    for k, group in enumerate(["food", "animals", "food"]):
-        members += [
-            (f"{k}.jpg", jpeg()),
-            (f"{k}.json", json.dumps({"caption": "x", "group": group}).encode()),
-        ]
-    source = data.open_source(write_tar(tmp_path / "a.tar", members), label_key="group")
-    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0, 1]
-    with pytest.raises(data.DataError, match="no 'kind'"):
-        data.open_source(str(tmp_path / "a.tar"), label_key="kind")
-    (tmp_path / "a.csv").write_text("filepath,title,group\na.jpg,x,food\nb.jpg,y,animals\n")
-    source = data.open_source(str(tmp_path / "a.csv"), label_key="group")
-    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0]
-
-
-def test_pictures_alone_are_enough_for_moco(tmp_path):
-    (tmp_path / "flat").mkdir()
-    for k in range(3):
-        (tmp_path / "flat" / f"{k}.jpg").write_bytes(jpeg())
-    assert len(data.open_source(str(tmp_path / "flat"), captions=False)) == 3
-    with pytest.raises(data.DataError, match="no class folders"):
-        data.open_source(str(tmp_path / "flat"))
-    tar = write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", jpeg())])
-    assert len(data.open_source(tar, captions=False)) == 2
-    with pytest.raises(data.DataError, match="no sample"):
-        data.open_source(tar)
 
 
 # ---------------------------------------------------------------- the paper's ablations, from flags alone
@@ -1637,101 +2089,6 @@ def test_learning_rate_never_bends():
 # ---------------------------------------------------------------- bad data
 
 
-def png(colour, size=(8, 8)):
-    return jpeg(colour, size, form="PNG")
-
-
-def header(name, size, **fields):
-    """One tar header, as a broken or hostile writer might leave it."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
-def test_bad_tars_are_refused_in_one_line(tmp_path):
-    good = Path(write_tar(tmp_path / "good.tar", [("a.png", png("red")), ("a.txt", b"red")])).read_bytes()
-    negative = bytearray(header("b.png", 100))
-    negative[124:136] = b"\xff" * 11 + b"\x00"  # a negative size, in base 256
-    negative[148:156] = b"%06o\0 " % (256 + sum(negative[:148]) + sum(negative[156:]))
-    for name, content, message in (
-        ("gzipped", gzip.compress(good), "not a whole tar"),
-        ("empty file", b"", "not a whole tar"),
-        ("zeros", bytes(10240), "no sample"),
-        ("text", b"hello" * 500, "not a whole tar"),
-        ("huge size", header("b.png", 1 << 40) + bytes(2048), "not a whole tar"),
-        ("negative size", bytes(negative) + bytes(2048), "not a whole tar"),
-        ("no end", good[:2048], "not a whole tar"),
-        ("cut in a header", good[:2048] + good[:300], "not a whole tar"),
-        ("damaged header", good[:1024] + b"x" + good[1025:], "not a whole tar"),
-        ("two joined", good + bytes(1 << 20) + good, "not a whole tar"),
-        ("captions alone", good[1024:], "no sample"),
-    ):
-        (tmp_path / "bad.tar").write_bytes(content)
-        with pytest.raises(data.DataError, match=message) as error:
-            data.open_source(str(tmp_path / "bad.tar"))
-        assert "\n" not in str(error.value) and "bad.tar" in str(error.value), name
-    os.mkfifo(tmp_path / "pipe.tar"), os.mkfifo(tmp_path / "pipe.csv")
-    for name in ("pipe.tar", "pipe.csv"):
-        with pytest.raises(data.DataError, match="not a regular file"):
-            data.open_source(str(tmp_path / name))
-
-
-def test_hostile_members_are_passed_over(tmp_path):
-    red = png("red")
-    parts = [header("../../up.png", len(red)), red, bytes(-len(red) % 512)]
-    parts += [header("../../up.txt", 3), b"red", bytes(509)]
-    for kind, name in ((tarfile.SYMTYPE, "b.png"), (tarfile.LNKTYPE, "c.png"), (tarfile.DIRTYPE, "d.png")):
-        parts += [header(name, 0, type=kind, linkname="/etc/passwd")]
-    parts += [header("E.PNG", len(red)), red, bytes(-len(red) % 512), header("E.txt", 1), b"x", bytes(511)]
-    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(1024))
-    source = data.open_source(str(tmp_path / "a.tar"))
-    assert [source.caption(i) for i in range(len(source))] == ["red", "x"]  # read in place, never extracted
-    assert {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
-
-
-def test_bad_samples_are_replaced_and_counted(tmp_path):
-    bomb = bytearray(png("red"))
-    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
-    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
-    deep = b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    pictures = [
-        b"",
-        b"words",
-        bytes(bomb),
-        jpeg(size=(64, 64))[:-200],
-        png("red")[:-30],
-        b"GIF89a" + bytes(20),
-    ]
-    texts = [(".txt", b""), (".txt", b" \n\t"), (".json", b"[1, 2]"), (".json", b'{"caption": null}')]
-    texts += [(".json", b'{"text": "x"}'), (".json", b"{"), (".json", deep), (".json", b"\xff\xfe")]
-    texts += [(".txt", b"caf\xe9"), (".txt", bytes(9)), (".txt", "red".encode("utf-16"))]
-    samples = [(picture, (".txt", b"x")) for picture in pictures] + [(png("red"), text) for text in texts]
-    members, n = [], len(samples)
-    for i, (picture, (kind, text)) in enumerate([*samples, (png("blue"), (".txt", b"good"))]):
-        members += [(f"{i}.png", picture), (f"{i}{kind}", text)]
-    pairs = data.Pairs(data.open_source(write_tar(tmp_path / "a.tar", members)), data.HashedWords(), 16)
-    assert [pairs[i][:2] for i in range(n + 1)] == [(n, i) for i in range(n)] + [(n, -1)]
-    rows = "\n".join(f"{name},x" for name in ("folder", "pipe", "missing.png", "/dev/null", "good.png"))
-    (tmp_path / "a.csv").write_text("filepath,title\n" + rows)
-    (tmp_path / "folder").mkdir(), os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "good.png").write_bytes(png("blue"))
-    pairs = data.Pairs(data.open_source(str(tmp_path / "a.csv")), data.HashedWords(), 16)
-    assert [pairs[i][:2] for i in range(5)] == [(4, 0), (4, 1), (4, 2), (4, 3), (4, -1)]
-    with pytest.raises(ValueError, match="not a regular file"):
-        data._read_file(tmp_path / "pipe")
-
-
-@pytest.mark.parametrize(
-    "text", [b"x" * 10_000_000, b"\xef\xbb\xbfred", "\u202e".encode(), "é".encode() * 9999]
-)
-def test_odd_captions_give_tokens(text, tmp_path):
-    source = data.open_source(write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", text)]))
-    used, failed, _, tokens = data.Pairs(source, data.HashedWords(), 16)[0]
-    assert (used, failed) == (0, -1) and 3 <= len(tokens) <= 77
-
-
 def test_bad_samples_are_logged_and_too_many_end_the_run(tmp_path, capsys):
     members = []
     for i in range(40):
@@ -1749,7 +2106,7 @@ def test_bad_samples_are_logged_and_too_many_end_the_run(tmp_path, capsys):
     flags.remove("24"), flags.remove("--batch-size")
     train.main([*flags, "--max-bad", "0.03"])
     bad = records(tmp_path / "out")[0]["bad"]
-    assert len(bad) == 1 and "a.tar, image at byte" in bad[0]
+    assert len(bad) == 1 and "a.tar, 7.png at byte" in bad[0]
     with pytest.raises(SystemExit):
         train.main([*flags[:-1], str(tmp_path / "other"), "--max-bad", "0.02"])
     assert "1 samples can't be read, more than --max-bad 0.02" in capsys.readouterr().err
@@ -1767,130 +2124,6 @@ def test_bad_samples_of_all_ranks_count_together(tmp_path):
 
 
 # ---------------------------------------------------------------- fuzz
-
-
-def mutate(content, rng):
-    """A few bytes flipped, or a stretch cut, zeroed, doubled or moved."""
-    content, n = bytearray(content), len(content)
-    a, b = sorted(rng.integers(0, n + 1, 2))
-    b = min(b, a + int(rng.choice([1, 16, 512, 4096])))
-    kind = rng.integers(6)
-    if kind == 0:
-        for at in rng.integers(0, n, rng.integers(1, 4)):
-            content[at] ^= 1 << int(rng.integers(8))
-    elif kind == 1:
-        content = content[:a]
-    elif kind == 2:
-        content[a:b] = bytes(b - a)
-    elif kind == 3:
-        content[a:a] = content[a:b]
-    elif kind == 4:
-        del content[a:b]
-    else:
-        at = int(rng.integers(0, n - (b - a) + 1))
-        content[at : at + b - a] = content[a:b]
-    return bytes(content)
-
-
-FUZZ = int(os.environ.get("SCAN_FUZZ", 1))  # how many times the usual number of mutations
-
-
-def plainly(path):
-    """(image, caption or None) bytes of a tar's samples, as tarfile reads them from the start to the end."""
-    samples, last = [], None
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            stem, _, kind = os.path.basename(member.name).partition(".")
-            key = os.path.dirname(member.name), stem
-            if member.isreg() and not member.issparse() and kind.lower() in ("png", "txt"):
-                if key != last:
-                    samples.append({})
-                samples[-1].setdefault(kind.lower(), tar.extractfile(member).read())
-                last = key
-    return [(s["png"], s.get("txt")) for s in samples if "png" in s]
-
-
-def with_checksums(content):
-    """Bytes of a tar, whose headers get the checksum of what is in them: else damage never comes further."""
-    content = bytearray(content)
-    for at in range(0, len(content) - 511, 512):
-        if content[at + 257 : at + 262] == b"ustar":
-            content[at + 148 : at + 156] = b"%06o\0 " % (
-                256 + sum(content[at : at + 148]) + sum(content[at + 156 : at + 512])
-            )
-    return bytes(content)
-
-
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path, form, monkeypatch):
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", os.devnull
-    )  # no cache: rewritten within a tick, a file looks the same
-    colours, members = [(40 * k, 9, 99) for k in range(5)], []
-    folder = "" if form == tarfile.USTAR_FORMAT else "a/long/name/" * 12  # takes headers of its own
-    for k, colour in enumerate(colours):
-        members += [(f"{folder}{k}.png", png(colour)), (f"{folder}{k}.txt", b"caption number %d" % k)]
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        size = tar.offset + 1024
-    original = path.read_bytes()[:size]
-    read = refused = replaced = 0
-    for seed in range(800 * FUZZ):
-        rng = np.random.default_rng(seed)
-        content = mutate(original, rng)
-        path.write_bytes(with_checksums(content) if rng.integers(2) else content)
-        try:
-            source = data.open_source(str(path))
-        except data.DataError as error:
-            refused += 1
-            assert "\n" not in str(error)
-            continue
-        expected = plainly(path)
-        assert [source._read(i, 0) for i in range(len(source))] == [image for image, _ in expected], seed
-        pairs = data.Pairs(source, data.HashedWords(), 8)
-        try:
-            items = [pairs[i] for i in range(len(pairs))]
-        except data.DataError as error:
-            assert "not one of" in str(error)
-            continue
-        for i, (used, failed, image, tokens) in enumerate(items):
-            text = expected[used][1]
-            assert failed == (-1 if used == i else i) and tokens.equal(
-                torch.from_numpy(pairs.tokenizer(text.decode()))
-            )
-            assert tuple(image[:, 0, 0].tolist()) in colours, seed  # PNG's checksums let nothing else through
-            replaced += failed == i
-        read += 1
-        [os.close(file) for file in source._files.values()]
-    assert min(read, refused, replaced) > 10 * FUZZ
-
-
-def test_fuzzed_tables_give_their_rows_or_are_refused(tmp_path):
-    rows = [f'images/{k}.png,"a caption, the {k}th"' for k in range(8)]
-    original = "\r\n".join(["filepath,title", *rows]).encode()
-    path, read, refused = tmp_path / "a.csv", 0, 0
-    for seed in range(1500 * FUZZ):
-        path.write_bytes(mutate(original, np.random.default_rng(seed)))
-        try:
-            source = data.open_source(str(path))
-        except data.DataError as error:
-            refused += 1
-            assert "\n" not in str(error)
-            continue
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            expected = [(row["filepath"], row["title"]) for row in csv.DictReader(file)]
-        assert list(zip(source.images, source.captions)) == expected, seed
-        for i, (_, title) in enumerate(expected):
-            try:
-                assert source.caption(i) == title, seed
-            except ValueError:  # counts as unreadable
-                assert "\0" in title or not title.isprintable(), seed
-        read += 1
-    assert min(read, refused) > 10 * FUZZ
 
 
 def test_fuzzed_checkpoints_are_whole_or_fall_back(tmp_path):
