@@ -1268,7 +1268,7 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (b"GIF89a" + bytes(20), (".txt", b"x"), ""),
     (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
     (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
-    (jpeg(size=(64, 64))[:300], (".txt", b"x"), "truncated"),
+    (jpeg(size=(64, 64))[:300], (".txt", b"x"), ""),
     (jpeg(size=(64, 64))[:-200] + bytes(200), (".txt", b"x"), "ends in zeros"),
     (png("red")[:-30], (".txt", b"x"), ""),
     (bytes(FLIPPED), (".txt", b"x"), "checksum"),
@@ -2787,13 +2787,13 @@ def assert_same_run(one, other, epochs=9):
 MOMENTS = """save_checkpoint 1 before, save_checkpoint 1 after, forward 5 before, log 1 before, log 1 after,
 evaluate 1 before, evaluate 1 after, fsync 3 before, end_epoch 1 before, end_epoch 1 after,
 _begin 2 after, forward 4 after, _begin 2 after, replace 4 after, log 2 after,
-replace 5 before, replace 6 after, forward 7 after, evaluate 1 after, evaluate 1 before,
-forward 2 before, replace 5 after, log 4 after, evaluate 1 after, print_table 1 before"""
+replace 5 before, replace 6 after, forward 3 after, evaluate 1 after, evaluate 1 before,
+forward 2 before, log 1 after, evaluate 1 after, print_table 1 before"""
 OWNER = {"fsync": os, "replace": os, "_begin": Scan, "end_epoch": Scan}
 OWNER |= {"log": train.Run, "print_table": train.Run}
 
 
-@pytest.mark.parametrize("save_every", [1, 3])
+@pytest.mark.parametrize("save_every", [1, 2])
 @pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny", "rn50"])
 def test_killed_at_any_moment_the_run_goes_on_exactly(small, tmp_path, monkeypatch, arch, save_every):
     """In all stages, around the epoch's end, in evaluations, and while a checkpoint or the log is written."""
@@ -2866,11 +2866,11 @@ def test_no_checkpoint_holds_what_is_not_finite(small, tmp_path, monkeypatch, ca
         if len(calls) == 7 and spoilt == "picture":
             inputs[0][3, 0, 0, 0] = math.nan
         a, b, backward = forward(model, losses, inputs, *args)
-        if len(calls) == 8 and spoilt == "buffer":  # of the epoch's last step: no loss ever tells
-            next(model.buffers()).view(-1)[0] = math.inf
 
         def spoilt_backward():
             backward()
+            if len(calls) == 8 and spoilt == "buffer":  # of the epoch's last step: no loss ever tells
+                model.visual.bn1.running_mean[0] = math.inf
             if len(calls) == 7 and spoilt == "gradient":
                 next(model.parameters()).grad.view(-1)[0] = math.nan
 
@@ -3005,14 +3005,14 @@ def test_bad_samples_are_logged_with_their_cause_and_too_many_end_the_run(small,
     for i in range(40):
         members += [(f"{i}.png", png((i, 99, 0)) if i != 7 else b"no"), (f"{i}.txt", b"word%d" % i)]
     tar = write_tar(tmp_path / "a.tar", members)
-    flags = f"--data {tar} --batch-size 10 --prune 0.1 --epochs 1 --val-data {tar}"
+    flags = f"--data {tar} --batch-size 10 --prune 0.1 --epochs 1"
     small("vit_tiny", tmp_path / "out", flags + " --max-bad 0.03")
     [bad] = records(tmp_path / "out", "epoch")[0]["bad"]
-    assert "a.tar" in bad and "identify" in bad  # what Pillow says of it
+    assert "a.tar" in bad and "no picture" in bad
     with pytest.raises(SystemExit):
         small("vit_tiny", tmp_path / "other", flags + " --max-bad 0.02")
     said = capsys.readouterr().err
-    assert "1 samples can't be read, more than --max-bad 0.02" in said and "identify" in said
+    assert "1 samples can't be read, more than --max-bad 0.02" in said and "no picture" in said
 
 
 # ---------------------------------------------------------------- train.py as its user runs it
@@ -3209,7 +3209,7 @@ def rank_runs(rank, world, ports, folder):
         members += [(f"{i}.png", png((i, 99, 0)) if i % 10 else b"no"), (f"{i}.txt", b"word%d" % i)]
     tar = write_tar(folder / f"bad{rank}.tar", members).replace("bad1", "bad0")
     with contextlib.suppress(FileNotFoundError):
-        run("vit_tiny", "bad", f"--data {tar} --batch-size 20 --prune 0.1 --max-bad 0.09 --val-data {tar}")
+        run("vit_tiny", "bad", f"--data {tar} --batch-size 20 --prune 0.1 --max-bad 0.09")
     (folder / f"said{rank}.json").write_text(json.dumps(said))
 
 

@@ -283,7 +283,8 @@ def evaluate(model, tokenizer, source, val, device, workers):
 
 def parse_args(argv=None):
     share, natural, count, finite = (getattr(evaluation, n) for n in ("share", "natural", "count", "finite"))
-    parser = evaluation.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = evaluation.Parser(prog="train.py", description=__doc__, formatter_class=layout)
     add = parser.add_argument
     add("--arch", choices=list(RECIPES), default="vit_b32", help="default: vit_b32")
     add(
@@ -452,10 +453,12 @@ class Run:
         if self.world > 1:
             dist.barrier()  # --out exists
         checkpoint, path = newest_checkpoint(self.out, self.say)
-        epoch, step = (checkpoint["epoch"], checkpoint["step"]) if checkpoint else (0, 0)
-        self.check_ranks_agree("checkpoint in --out", torch.tensor([epoch, step]))
-        if checkpoint:
+        epoch = step = 0
+        if checkpoint is not None:
             self.refuse_other_run(checkpoint, path)
+            epoch, step = checkpoint["epoch"], checkpoint["step"]
+        self.check_ranks_agree("checkpoint in --out", torch.tensor([epoch, step]))
+        if checkpoint is not None:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scan.load_state_dict(checkpoint["scan"])
@@ -464,7 +467,7 @@ class Run:
                 os.replace(path, self.out / "last.pt")  # or the next save would keep a damaged one instead
         self.read_log(epoch)
         self.finished = epoch == self.args.epochs
-        self.say(header(self) + (f"; from epoch {epoch} on" if checkpoint else ""))
+        self.say(header(self) + (f"; from epoch {epoch} on" if checkpoint is not None else ""))
         if self.rank == 0:
             config = json.dumps(vars(self.args), indent=1).encode()
             write_whole(self.out / "config.json", lambda file: file.write(config))
