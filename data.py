@@ -100,7 +100,7 @@ _LOG_RATIOS = torch.tensor([3 / 4, 4 / 3]).log().tolist()
 class RandomCrop:
     """torchvision's RandomResizedCrop, with the same draws: RGB picture -> (3, size, size) uint8.
 
-    torch resizes four times as fast as Pillow; one value in 200 differs, by one grey level.
+    torch resizes four times as fast as Pillow; of its values some differ, by one grey level.
     """
 
     def __init__(self, size, smallest, mode="bicubic"):
@@ -563,7 +563,7 @@ def _plain_members(file):
     while True:
         i = at - start
         if i + 1024 > len(buffer):
-            start, buffer, i = at, os.pread(file, 4096, at), 0  # next to small members is the next header
+            start, buffer, i = at, _pread(file, 4096, at), 0  # next to small members is the next header
         plain = _PLAIN.match(buffer, i + 100)
         if not plain:
             break
