@@ -1979,6 +1979,15 @@ def test_weight_decay_is_for_the_matrices_that_the_recipes_name():
     assert group["momentum"] == 0.9 and group["params"] == [probe.head.weight, probe.head.bias]
 
 
+def test_a_frozen_tower_keeps_its_batch_statistics():
+    with torch.device("meta"):
+        model = clip_model.create("rn50", 32)
+    for frozen in (True, False):
+        classifier = evaluation.Classifier(model, 3, frozen)
+        assert classifier.train().training and model.visual.bn1.training is not frozen
+        assert not classifier.eval().training and not model.visual.bn1.training
+
+
 @pytest.mark.parametrize("protocol", ["sgd", "wise-ft", "deit"])
 def test_training_a_classifier_equals_a_loop_by_hand(protocol, monkeypatch, capsys):
     fixed = v2.Compose([v2.Resize((16, 16)), v2.PILToTensor()])
