@@ -2303,6 +2303,7 @@ def test_warnings_are_one_line_on_stderr(scanned, tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().err == "eval.py: two runs share seed 0\n"
     monkeypatch.setenv("RANK", "1")
     evaluation.main(command)
+    coreset_that_warns(None, None)
     said = capsys.readouterr()
     assert said.err == said.out == ""  # rank 0 does it, and says it
 
