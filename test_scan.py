@@ -1614,15 +1614,16 @@ def test_evaluation_crops_are_those_of_the_protocols(monkeypatch):
         return images.flatten(1)
 
     bicubic, bilinear = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.BILINEAR
-    imagenet, openai = (moco.create("moco_vit_tiny", 224), clip_model.create("vit_tiny", 224))
-    for model, look, edge, how, mean, std in (
-        (openai, {}, 224, bicubic, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        (imagenet, {}, 256, bicubic, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        (imagenet, evaluation.LINCLS_LOOK, 256, bilinear, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        (openai, evaluation.LINCLS_LOOK, 256, bilinear, (0.48145466, 0.4578275, 0.40821073),
-         (0.26862954, 0.26130258, 0.27577711)),
-    ):  # fmt: skip
-        evaluation.image_features(model, Source(), CPU, encode=features, **look)
+    imagenet, openai = moco.create("moco_vit_tiny", 224), clip_model.create("vit_tiny", 224)
+    theirs = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    others = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for model, look, edge, how, (mean, std) in (
+        (openai, None, 224, bicubic, others),
+        (imagenet, None, 256, bicubic, theirs),
+        (imagenet, evaluation.LINCLS_LOOK, 256, bilinear, theirs),
+        (openai, evaluation.LINCLS_LOOK, 256, bilinear, others),
+    ):
+        evaluation.image_features(model, Source(), CPU, encode=features, look=look)
         classic = [transforms.Resize(edge, how), transforms.CenterCrop(224), transforms.ToTensor()]
         expected = transforms.Compose([*classic, transforms.Normalize(mean, std)])(picture)
         torch.testing.assert_close(seen.pop()[0], expected, rtol=0, atol=1e-6)
@@ -1837,9 +1838,8 @@ def test_several_captions_of_an_image(tmp_path):
     source, model, words = data.open_source(str(tmp_path / "a.csv")), Toy(), clip_model.HashedWords()
     for word, k in (("two", 2), ("deux", 2), ("nil", 0), ("one", 1)):
         model.words[int(words(word)[1])] = model.rows[k]
-    model.words[int(words("null")[1])] = F.normalize(model.rows[1], dim=0) + 0.1 * unit(
-        model.rows[2]
-    )  # wrong
+    one, two = F.normalize(model.rows[1:3], dim=-1)
+    model.words[int(words("null")[1])] = one + two / 9  # wrong
     result = evaluation.retrieval(model, words, source, CPU)
     assert result["n"] == 3 and result["i2t_r1"] == 1.0
     assert result["t2i_r1"] == pytest.approx(4 / 5) and result["t2i_r5"] == 1.0
@@ -1980,6 +1980,15 @@ def test_weight_decay_is_for_the_matrices_that_the_recipes_name():
     assert group["momentum"] == 0.9 and group["params"] == [probe.head.weight, probe.head.bias]
 
 
+def test_a_frozen_tower_keeps_its_batch_statistics():
+    with torch.device("meta"):
+        model = clip_model.create("rn50", 32)
+    for frozen in (True, False):
+        classifier = evaluation.Classifier(model, 3, frozen)
+        assert classifier.train().training and model.visual.bn1.training is not frozen
+        assert not classifier.eval().training and not model.visual.bn1.training
+
+
 @pytest.mark.parametrize("protocol", ["sgd", "wise-ft", "deit"])
 def test_training_a_classifier_equals_a_loop_by_hand(protocol, monkeypatch, capsys):
     fixed = v2.Compose([v2.Resize((16, 16)), v2.PILToTensor()])
@@ -2061,7 +2070,7 @@ def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, cap
     def train_classifier(classifier, train, protocol, device, **settings):
         calls.append((classifier, protocol, settings))
 
-    def classify(classifier, source, folders, device, workers, **look):
+    def classify(classifier, source, folders, device, workers, look):
         looks.append(look)
         return {"top1": 0.5, "n": 8}
 
@@ -2083,7 +2092,7 @@ def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, cap
         classifier, used, settings = calls.pop()
         assert used == protocol == result["protocol"] and result["n"] == 8
         assert {k: settings[k] for k in expected} == pytest.approx(expected), flags
-        look = dict(crop=0.875, interpolation=bilinear) if command == "linear" else {}
+        look = dict(crop=0.875, interpolation=bilinear) if command == "linear" else None
         assert looks.pop() == look and classifier.frozen == (command == "linear")
     model, words = evaluation.load_model(checkpoints["clip"])
     evaluated(capsys, "finetune", "--checkpoint", checkpoints["clip"], "--data", root, "--val-data", root)
@@ -2295,6 +2304,7 @@ def test_warnings_are_one_line_on_stderr(scanned, tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().err == "eval.py: two runs share seed 0\n"
     monkeypatch.setenv("RANK", "1")
     evaluation.main(command)
+    coreset_that_warns(None, None)
     said = capsys.readouterr()
     assert said.err == said.out == ""  # rank 0 does it, and says it
 
