@@ -316,7 +316,7 @@ def parse_args(argv=None):
     add(
         "--warmup",
         type=finite,
-        help="of the rate, in epochs, also fractions (default: CLIP 10,000 steps, at most a 20th of the run; MoCo 10)",
+        help="of the rate, in epochs, also fractions (default: CLIP 10,000 steps or a 20th of the run; MoCo 10)",
     )
     add("--image-size", type=natural, help=recipe_help("image_size"))
     add(
