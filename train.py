@@ -283,7 +283,7 @@ def parse_args(argv=None):
     share, natural, count, finite = (getattr(evaluation, n) for n in ("share", "natural", "count", "finite"))
     parser = evaluation.Parser(prog="train.py", description=__doc__)
     add = parser.add_argument
-    add("--arch", choices=list(RECIPES), default="vit_b32")
+    add("--arch", choices=list(RECIPES), default="vit_b32", help="model and recipe")
     add(
         "--data",
         default="shapes",
@@ -316,7 +316,7 @@ def parse_args(argv=None):
     add(
         "--warmup",
         type=finite,
-        help="of the rate, in epochs, also fractions (default: CLIP 10,000 steps or a 20th of the run; MoCo 10)",
+        help="of the rate, in epochs (default: CLIP 10,000 steps or a 20th of the run; MoCo 10)",
     )
     add("--image-size", type=natural, help=recipe_help("image_size"))
     add(
