@@ -682,6 +682,11 @@ def noise(width, height, seed=0):
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def bytes_in(value):
+    """A short name of a test's parameter."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else None
+
+
 ORIENTED = Image.Exif()
 ORIENTED[274] = 6  # to be turned by a quarter
 
@@ -699,7 +704,7 @@ ORIENTED[274] = 6  # to be turned by a quarter
     (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0))), (4, 4), (255, 255, 255)),
     (encoded(Image.new("LA", (4, 4), (0, 128))), (4, 4), (127, 127, 127)),
     (encoded(Image.new("RGB", (40, 20), (9, 9, 9)), "JPEG", exif=ORIENTED), (20, 40), (9, 9, 9)),
-])  # fmt: skip
+], ids=bytes_in)  # fmt: skip
 def test_pictures_of_every_kind_become_rgb(content, size, pixel):
     picture = data.decode(content)
     assert picture.mode == "RGB" and picture.size == size
@@ -878,7 +883,7 @@ NEGATIVE[148:156] = b"%06o\0 " % (256 + sum(NEGATIVE[:148]) + sum(NEGATIVE[156:]
     # links and folders alone
     (header("1.jpg", 0, type=b"2", linkname="/etc/passwd") + header("1.txt", 0, type=b"5") + bytes(1024),
      "no sample"),
-])  # fmt: skip
+], ids=bytes_in)  # fmt: skip
 def test_bad_tars_are_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "bad.tar").write_bytes(content)
     with pytest.raises(data.UserError, match=message) as error:
@@ -1126,7 +1131,8 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (b"GIF89a" + bytes(20), (".txt", b"x"), ""),
     (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
     (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
-    (jpeg(size=(64, 64))[:300], (".txt", b"x"), "truncated"),
+    (jpeg(size=(64, 64))[:300], (".txt", b"x"), "Truncated"),
+    (jpeg(size=(64, 64))[:-200], (".txt", b"x"), "truncated"),
     (jpeg(size=(64, 64))[:-200] + bytes(200), (".txt", b"x"), "ends in zeros"),
     (png("red")[:-30], (".txt", b"x"), ""),
     (bytes(FLIPPED), (".txt", b"x"), "checksum"),
