@@ -1,13 +1,13 @@
 """All that CLIP is: the image and text towers of the paper (Sect. 4.1), their tokenizers, inputs and losses.
 
-Configurations, initial weights and parameter names are those of open_clip and OpenAI's CLIP, so that weights go
-back and forth with `load_state_dict(strict=True)`. Needs torch, and torchvision for swin_b. To use it elsewhere,
-copy the file and scan.py:
+Configurations, initial weights and parameter names are those of open_clip and OpenAI's CLIP, so that weights
+go back and forth with `load_state_dict(strict=True)`. Needs torch, and torchvision for swin_b. To use it
+elsewhere, copy the file and scan.py:
 
-    model, words = create("vit_b32"), HashedWords()             # or BPE("bpe_simple_vocab_16e6.txt.gz")
-    images, tokens = model.inputs((pixels, tokens), device)     # (b, 3, h, w) uint8, (b, n) ids of `words(text)`
-    image, text, scale = model(images, tokens)                  # unit vectors (b, embed_dim), and exp(logit_scale)
-    a, b, loss = model.losses(image, text, scale)               # (b,) of both directions, and what to minimise
+    model, words = create("vit_b32"), HashedWords()          # or BPE("bpe_simple_vocab_16e6.txt.gz")
+    images, tokens = model.inputs((pixels, tokens), device)  # (b, 3, h, w) uint8, (b, n) of words(text)
+    image, text, scale = model(images, tokens)               # unit vectors (b, embed_dim), exp(logit_scale)
+    a, b, loss = model.losses(image, text, scale)            # (b,) of both directions, what to minimise
 """
 
 import gzip
@@ -51,7 +51,7 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, under nn.MultiheadAttention's parameter names and with its initial weights."""
+    """Multi-head self-attention, with nn.MultiheadAttention's parameter names and initial weights."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -235,7 +235,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-        # The text tower's own start: residual branches scaled down with depth. (The image tower keeps torch's.)
+        # The text tower's own start: residual branches scaled down with depth. (Image towers keep torch's.)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         branch_std = width**-0.5 * (2 * layers) ** -0.5
         for block in self.transformer.resblocks:

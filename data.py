@@ -802,7 +802,7 @@ class Cifar(Source):
         return f"{self.name}, id {i}"
 
     def fingerprint(self):
-        return _sha256(self.pictures)
+        return _sha256(np.ascontiguousarray(self.pictures))
 
 
 def _expand(pattern):

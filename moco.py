@@ -5,12 +5,12 @@ keys. Parameter names are those of the published checkpoints, and of timm's ViT 
 weights go back and forth. Needs torch only. To use it elsewhere, copy the file and scan.py:
 
     model = create("moco_vit_s16")
-    numbers = draw_views()                                      # (2, 9), for each sample: its two augmentations
-    view1, view2 = model.inputs((crops, numbers), device)       # (b, 2, 3, h, w) uint8 crops, (b, 2, 9) numbers
-    model.update_momentum_encoder(momentum(progress))           # progress: share of the run that is done
-    q1, q2, k1, k2 = model(view1, view2)                        # unit vectors (b, 256); keys without gradient
-    a, b, loss = model.losses(q1, q2, k1, k2)                   # (b,) of both views, and what to minimise
-    features = model.features(images)                           # (b, width), of the base encoder, for later use
+    numbers = draw_views()                                   # (2, 9), of each sample: its augmentations
+    view1, view2 = model.inputs((crops, numbers), device)    # (b, 2, 3, h, w) uint8, (b, 2, 9)
+    model.update_momentum_encoder(momentum(progress))        # progress: share of the run that is done
+    q1, q2, k1, k2 = model(view1, view2)                     # unit vectors (b, 256); keys without gradient
+    a, b, loss = model.losses(q1, q2, k1, k2)                # (b,) of both views, what to minimise
+    features = model.features(images)                        # (b, width), of the base encoder, for later
 """
 
 import copy
@@ -177,8 +177,8 @@ def _mlp(layers, width, hidden, dim):
 
 # ---------------------------------------------------------------- the two views, augmented as a batch
 
-# Each worker draws numbers per sample (`draw_views`); the batch is augmented by them on the device. (transforms.v2
-# would draw one set of numbers for the whole batch.) Neutral values where a sample stays as it is:
+# Loading processes draw numbers per sample (`draw_views`); by them the batch is augmented on the device.
+# (transforms.v2 would draw one set of numbers for the whole batch.) Neutral where a sample stays as it is:
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE, FLIP = range(9)
 VIEWS = dict(blur=1.0, solarize=0.0), dict(blur=0.1, solarize=0.2)  # the two of BYOL: how often each happens
 _ORDERS = torch.tensor(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))  # (24, 4)
@@ -208,35 +208,33 @@ def draw_views():
 def plan(numbers):
     """Which samples each adjustment is for, worked out on the CPU: nothing then waits for the GPU.
 
-    numbers: (b, 9) of `draw_view`. Returns them with five columns more, (b, 14) float32: the samples sorted by
-    their first, second .. fourth adjustment, and the blurred ones first; and how many samples each has, 4 x 4
-    and 1 numbers.
+    numbers: (b, 9) of `draw_view`. Returns them with five columns more, (b, 14) float32: the samples sorted
+    by their first .. fourth adjustment, and with the blurred ones first; and how many samples each adjustment
+    has as the first .. fourth, and how many are blurred, or not: 5 x 4 numbers.
     """
     order = _ORDERS[numbers[:, ORDER].long()]  # (b, 4)
-    blurred = numbers[:, SIGMA] > 0
-    rows = torch.cat([order, ~blurred[:, None]], 1).argsort(dim=0, stable=True)
-    sizes = [torch.bincount(turn, minlength=4).tolist() for turn in order.T]
-    return torch.cat([numbers, rows.float()], 1), (sizes, int(blurred.sum()))
+    keys = torch.cat([order, numbers[:, SIGMA, None] == 0], 1)  # (b, 5)
+    sizes = [torch.bincount(key, minlength=4).tolist() for key in keys.T]
+    return torch.cat([numbers, keys.argsort(dim=0, stable=True).float()], 1), sizes
 
 
 def augment(images, numbers, sizes):
     """Colour jitter, grey, blur, solarize and flip, each sample by its own numbers.
 
-    images: (b, 3, h, w) uint8. numbers, on the same device, and sizes: of `plan`. Returns float32 in 0 .. 255.
+    images: (b, 3, h, w) uint8. numbers (on the same device) and sizes: of `plan`. Returns float32, 0 .. 255.
     """
     x = images.float() / 255
     factors = numbers[:, :9, None, None, None]  # (b, 9, 1, 1, 1)
     rows = numbers[:, 9:].long()
-    jitter_sizes, blurred = sizes
     for turn in range(4):
-        groups = rows[:, turn].split(jitter_sizes[turn])
+        groups = rows[:, turn].split(sizes[turn])
         for kind, adjust in enumerate((_brightness, _contrast, _saturation, _hue)):
             group = groups[kind]
             x[group] = adjust(x[group], factors[group, kind])
     x = torch.where(factors[:, GREY] > 0, _grey(x), x)
-    if blurred:
-        group = rows[:blurred, 4]
-        x[group] = _blur(x[group], factors[group, SIGMA])
+    blurred = rows[: sizes[4][0], 4]
+    if len(blurred):
+        x[blurred] = _blur(x[blurred], factors[blurred, SIGMA])
     x = torch.where((factors[:, SOLARIZE] > 0) & (x >= 128 / 255), 1 - x, x)
     x = torch.where(factors[:, FLIP] > 0, x.flip(-1), x)
     return x * 255
@@ -315,7 +313,7 @@ class MoCo(nn.Module):
         return (images.float() / 255 - self.pixel_mean) / self.pixel_std
 
     def inputs(self, batch, device):
-        """What a loader gives, crops (b, 2, 3, h, w) uint8 and numbers (b, 2, 9) -> two views on the device."""
+        """What a loader gives, crops (b, 2, 3, h, w) uint8 and numbers (b, 2, 9) -> two views of each."""
         crops, numbers = batch
         crops = crops.to(device, non_blocking=True)
         planned = [plan(numbers[:, k]) for k in range(2)]

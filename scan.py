@@ -4,15 +4,18 @@ From "SCAN: Bootstrapping Contrastive Pre-training for Data Efficiency" (Guo & K
 equations below are the paper's. Copy this file: it needs torch and the standard library, nothing else.
 
     scan = Scan(len(dataset), prune=0.3)
-    sampler = ScanSampler(global_batch_size)                      # DataLoader(dataset, batch_sampler=sampler)
+    sampler = ScanSampler(scan, global_batch_size)
+    loader = DataLoader(WithIds(dataset), batch_sampler=sampler)  # pruned samples are never even read
     for epoch in range(epochs):
-        sampler.set_epoch(epoch, scan.begin_epoch(epoch))         # pruned samples are never even read
-        for ids, images, texts in loader:                         # ids: positions in the dataset
+        sampler.set_epoch(epoch)
+        for ids, (images, texts) in loader:                       # ids: positions in the dataset
             ...
             a, b = info_nce(image, text, scale), info_nce(text, image, scale)
-            scan.observe(ids, a.detach(), b.detach())             # watches; never changes the loss
+            scan.observe(ids, a, b)                               # watches; never changes the loss
             ((a + b) / 2).mean().backward()
         scan.end_epoch()
+
+A loop that keeps its own loss calls `scan.watch(ids, image, text, scale)` instead.
 
 Epochs pass through three stages:
 
@@ -28,39 +31,15 @@ same state and takes the same decisions, because losses are gathered and all ran
 
 import hashlib
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
 
 # ---------------------------------------------------------------- Eq. 1: one InfoNCE loss per sample
-
-
-class _AllGather(torch.autograd.Function):
-    """Concatenate a tensor of all ranks, with gradient: the backward pass sums what every rank sent back."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return _gather(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def _distributed():
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gather(x):
-    """(b, ...) on each of W ranks -> (W b, ...), in the order of the ranks; without gradient."""
-    if not _distributed():
-        return x
-    out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather(list(out.chunk(dist.get_world_size())), x.contiguous())
-    return out
 
 
 def info_nce(query, key, scale):
@@ -79,10 +58,54 @@ def info_nce(query, key, scale):
     with torch.autocast(query.device.type, enabled=False):
         query, key = query.float(), key.float()
         keys = _AllGather.apply(key) if _distributed() else key  # (B, d)
-        logits = scale * query @ keys.T  # (b, B)
         first = dist.get_rank() * len(query) if _distributed() else 0
         positives = torch.arange(first, first + len(query), device=query.device)
-        return F.cross_entropy(logits, positives, reduction="none")
+        rows = max(1, _BLOCK // len(keys))
+        if len(query) <= rows:
+            return _cross_entropy(query, keys, scale, positives)
+        # The (b, B) logits of a larger batch would fill the memory: some rows at a time, and again backward.
+        parts = zip(query.split(rows), positives.split(rows))
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([checkpoint(_cross_entropy, q, keys, scale, p, **options) for q, p in parts])
+
+
+_BLOCK = 2**24  # logits held at once
+
+
+def _cross_entropy(query, keys, scale, positives):
+    return F.cross_entropy(scale * query @ keys.T, positives, reduction="none")
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate a tensor of all ranks, with gradient: the backward pass sums what every rank sent back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return _gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        world, grad = dist.get_world_size(), grad.contiguous()
+        if grad.is_cuda:  # gloo has no reduce-scatter
+            mine = grad.new_empty(len(grad) // world, *grad.shape[1:])
+            dist.reduce_scatter_tensor(mine, grad)
+            return mine
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(world)[dist.get_rank()]
+
+
+def _gather(x):
+    """(b, ...) on each of W ranks -> (W b, ...), in the order of the ranks; without gradient."""
+    if not _distributed():
+        return x
+    out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def _distributed():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 # ---------------------------------------------------------------- Eq. 2: candidates of one global batch
@@ -118,6 +141,7 @@ def select_candidates(loss_a, loss_b, rho_red, rho_ill, generator=None):
 
     def both_directions(a, b, n):
         chosen_a, chosen_b = lowest(a, n), lowest(b, n)
+        # First those that both chose (-1), then at random (0 .. 1) those that one did; never the rest (inf).
         priority = lottery.where(chosen_a | chosen_b, math.inf).where(~(chosen_a & chosen_b), -1.0)
         first = priority.argsort(stable=True)[:n]
         return torch.zeros_like(finite).scatter_(0, first, True) & (chosen_a | chosen_b)
@@ -157,12 +181,6 @@ def prune_ratio(epochs_since_preparation, t_cos=3):
     return (1 + math.cos((t_cos - position) * math.pi / t_cos)) / 2
 
 
-def _generator(*key):
-    """A CPU generator for one purpose: (salt, seed, epoch, ...), so that no draw ever depends on another."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 # ---------------------------------------------------------------- the method
 
 
@@ -174,8 +192,16 @@ class Scan:
         average share of the data left out per round. rho_red and rho_ill set the two apart (Tables 7, 8):
         the average is then their mean.
     t_cos: mutation epochs per round. threshold, rule: see `warmed_up`. seed: of all random draws.
-    stage: "warm-up", "preparation" or "mutation", of the epoch begun last.
+    keep: ids of a static coreset (Sect. 4.3); nothing else is ever kept or counted.
+
+    What it can be asked:
+    stage: "warm-up", "preparation" or "mutation", of the epoch begun last. step: its steps observed so far.
+    kept, kept_mask, num_kept: what it trains on.
     loss: mean of the epoch ended last.
+    redundant, ill_matched: masks (N,) of the newest round. candidates: their ids.
+    counts, ill_counts: (N,) int16, rounds in which each sample was a candidate, and an ill-matched one.
+    quantile: (N,) float16, where each sample's loss stood in its batches (0 lowest, 1 highest): mean over
+        the epochs of full data.
     """
 
     def __init__(
@@ -188,6 +214,7 @@ class Scan:
         threshold=0.3,
         rule="stable",
         seed=0,
+        keep=None,
     ):
         self.num_samples = num_samples
         self.rho_red = prune if rho_red is None else rho_red
@@ -198,54 +225,84 @@ class Scan:
         warmed_up(1.0, 1.0, threshold, rule)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        self._all = torch.ones(num_samples, dtype=torch.bool)
+        if keep is not None:
+            keep = torch.as_tensor(keep)
+            if keep.ndim != 1 or keep.is_floating_point() or not len(keep):
+                raise ValueError("keep must be a flat list of ids")
+            if keep.min() < 0 or keep.max() >= num_samples:
+                raise ValueError(f"keep must hold ids in 0..{num_samples - 1}")
+            self._all.zero_()[keep.long()] = True
 
         self.stage = "warm-up"
         self.epoch, self.open, self.step = None, False, 0  # open: between begin_epoch and end_epoch
+        self.observed, self.batch = 0, 0  # samples of this epoch so far; the newest global batch
         self.first_preparation = None  # epoch; None until warmed up
+        self.full_epochs, self.rounds = 0, 0  # epochs of full data begun, rounds of candidates found
         self.loss = math.nan
+        self.kept_mask, self.num_kept = self._all, int(self._all.sum())
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.loss_count = torch.zeros((), dtype=torch.int64)
-        # One flag per sample, and a spare place at the end that takes the writes of unmarked samples.
-        self.redundant = torch.zeros(num_samples + 1, dtype=torch.bool)
-        self.ill_matched = torch.zeros(num_samples + 1, dtype=torch.bool)
-        self.counts = torch.zeros(num_samples, dtype=torch.int16)  # rounds in which each was a candidate
+        # Redundant and ill-matched; a spare place at the end takes the writes of unmarked samples.
+        self._marked = torch.zeros(2, num_samples + 1, dtype=torch.bool)
+        self.counts = torch.zeros(num_samples, dtype=torch.int16)
+        self.ill_counts = torch.zeros(num_samples, dtype=torch.int16)
+        self.quantile = torch.full((num_samples,), 0.5, dtype=torch.float16)
+
+    redundant = property(lambda self: self._marked[0, :-1])
+    ill_matched = property(lambda self: self._marked[1, :-1])
 
     @property
     def candidates(self):
         """Ids of D', redundant or ill-matched in the newest round: int64, sorted, on the CPU."""
-        return (self.redundant | self.ill_matched)[:-1].nonzero().flatten().cpu()
+        return (self.redundant | self.ill_matched).cpu().nonzero().flatten()
 
-    def begin_epoch(self, epoch):
-        """Ids to train on in this epoch: int64, sorted, the same on every rank.
+    @property
+    def kept(self):
+        """Ids of the epoch begun last: int64, sorted, the same on every rank."""
+        return self.kept_mask.nonzero().flatten()
+
+    def begin_epoch(self, epoch=None):
+        """Begin an epoch (the next one, if not said) -> ids to train on: int64, sorted, alike on every rank.
 
         Epochs must follow one another. An epoch that is open already (state loaded in mid-epoch) goes on:
         what it observed is kept.
         """
-        if self.open and epoch != self.epoch:
-            raise ValueError(
-                f"epoch {self.epoch} has not ended: call end_epoch() before begin_epoch({epoch})"
-            )
-        if not self.open and self.epoch is not None and epoch != self.epoch + 1:
-            raise ValueError(f"epoch {self.epoch} was the last: the next is {self.epoch + 1}, not {epoch}")
+        self._begin(epoch)
+        return self.kept
 
-        since = 0 if self.first_preparation is None else epoch - self.first_preparation
+    def _begin(self, epoch):
+        following = 0 if self.epoch is None else self.epoch if self.open else self.epoch + 1
+        epoch = following if epoch is None else epoch
+        if self.epoch is not None and epoch != following:
+            raise ValueError(
+                f"epoch {self.epoch} has not ended: call end_epoch() before epoch {epoch}"
+                if self.open
+                else f"epoch {self.epoch} was the last: the next is {following}, not {epoch}"
+            )
         if self.first_preparation is None:
-            self.stage = "warm-up"
+            since, self.stage = 0, "warm-up"
         else:
+            since = epoch - self.first_preparation
             self.stage = "preparation" if since % (self.t_cos + 1) == 0 else "mutation"
         if not self.open:
-            self.epoch, self.open, self.step = epoch, True, 0
-            self.loss_sum.zero_(), self.loss_count.zero_()
+            self.epoch, self.open, self.step, self.observed = epoch, True, 0, 0
+            self.loss_sum.zero_()
+            self.loss_count.zero_()
+            self.full_epochs += self.stage != "mutation"
             if self.stage == "preparation":  # all data have grown back; candidates are found anew
-                self.redundant.zero_(), self.ill_matched.zero_()
+                self._marked.zero_()
+        self.kept_mask = self._draw(prune_ratio(since, self.t_cos)) if self.stage == "mutation" else self._all
+        self.num_kept = int(self.kept_mask.sum())
 
-        kept = torch.ones(self.num_samples, dtype=torch.bool)
-        if self.stage == "mutation":
-            candidates = self.candidates
-            drop = int(prune_ratio(since, self.t_cos) * len(candidates))
-            order = torch.randperm(len(candidates), generator=_generator("drop", self.seed, epoch))
-            kept[candidates[order[:drop]]] = False
-        return kept.nonzero().flatten()
+    def _draw(self, share):
+        """Mask (N,) of what a mutation epoch trains on: all but a random share of the candidates (Eq. 3)."""
+        kept, candidates = self._all.clone(), (self.redundant | self.ill_matched).cpu()
+        drop = int(share * int(candidates.sum()))
+        for ids in _shuffled(candidates, "drop", self.seed, self.epoch):
+            kept[ids[:drop]] = False
+            drop -= min(drop, len(ids))
+        return kept
 
     @torch.no_grad()
     def observe(self, ids, loss_a, loss_b):
@@ -253,7 +310,7 @@ class Scan:
 
         ids: (b,) int64 (best on the CPU, where checking their range costs nothing). loss_a, loss_b: (b,),
         not yet averaged. Gathers the global batch, so that all ranks rank the same losses. Never waits for
-        the GPU.
+        the GPU. With gradient accumulation: once per optimizer step, all ids and losses concatenated.
         """
         if not self.open:
             raise RuntimeError("observe() outside an epoch: call begin_epoch() first")
@@ -264,39 +321,67 @@ class Scan:
             )
         if ids.dtype != torch.int64:
             raise ValueError(f"ids must be int64 positions in the dataset, got {ids.dtype}")
-        if ids.device.type == "cpu" and len(ids) and not (0 <= ids.min() and ids.max() < self.num_samples):
-            raise ValueError(f"ids must lie in 0..{self.num_samples - 1}, got {ids.min()}..{ids.max()}")
-        device = loss_a.device
+        if ids.device.type == "cpu" and len(ids):
+            low, high = torch.stack(ids.aminmax()).tolist()
+            if low < 0 or high >= self.num_samples:
+                raise ValueError(f"ids must lie in 0..{self.num_samples - 1}, got {low}..{high}")
+        losses = torch.stack([loss_a, loss_b], 1).float()
+        losses = losses.cpu() if losses.device.type == "mps" else losses  # which has no float64
+        device = losses.device
         self._to(device)
         ids = _gather(ids.to(device, non_blocking=True))  # (B,)
-        loss_a, loss_b = _gather(torch.stack([loss_a, loss_b], 1).float()).unbind(1)  # (B,) each
+        loss_a, loss_b = _gather(losses).unbind(1)  # (B,) each
 
         mean = (loss_a.double() + loss_b.double()) / 2
         finite = mean.isfinite()
         self.loss_sum += mean.where(finite, 0.0).sum()
         self.loss_count += finite.sum()
+        if self.stage != "mutation":
+            quantile = (mean.argsort().argsort() + 0.5) / len(mean)
+            before = self.quantile[ids]
+            self.quantile[ids] = before.lerp(quantile.to(before.dtype), 1 / self.full_epochs)
         if self.stage == "preparation":
             generator = _generator("top-up", self.seed, self.epoch, self.step)
-            redundant, ill_matched = select_candidates(loss_a, loss_b, self.rho_red, self.rho_ill, generator)
-            self.redundant.index_fill_(0, ids.where(redundant, self.num_samples), True)
-            self.ill_matched.index_fill_(0, ids.where(ill_matched, self.num_samples), True)
+            marked = select_candidates(loss_a, loss_b, self.rho_red, self.rho_ill, generator)
+            for flags, mask in zip(self._marked, marked):
+                flags.index_fill_(0, ids.where(mask, self.num_samples), True)
         self.step += 1
+        self.observed += len(ids)
+        self.batch = len(ids)
+
+    def watch(self, ids, query, key, scale):
+        """`observe` for a loop that keeps its own loss: both directions of Eq. 1, without gradient.
+
+        ids: (b,). query, key, scale: as for `info_nce`, images and texts for example.
+        """
+        with torch.no_grad():
+            self.observe(ids, info_nce(query, key, scale), info_nce(key, query, scale))
 
     def end_epoch(self):
         """Close the epoch: its mean loss may end the warm-up; a preparation epoch is counted."""
         if not self.open:
             raise RuntimeError("end_epoch() without begin_epoch()")
         self.open = False
+        if abs(self.num_kept - self.observed) >= max(self.batch, 1):
+            warnings.warn(
+                f"epoch {self.epoch} kept {self.num_kept:,} samples, and observed {self.observed:,}: does "
+                "observe() see every step, and does the loader deal out ScanSampler's batches as they are?",
+                stacklevel=2,
+            )
         previous, self.loss = self.loss, (self.loss_sum / self.loss_count).item()
         # The first epoch has no predecessor (its "previous" is nan, which compares false).
         if self.first_preparation is None and warmed_up(previous, self.loss, self.threshold, self.rule):
             self.first_preparation = self.epoch + 1
         if self.stage == "preparation":
-            self.counts += (self.redundant | self.ill_matched)[:-1].to(self.counts.device)
+            self._marked[:, :-1] &= self._all.to(self._marked.device)
+            self.counts += (self.redundant | self.ill_matched).cpu()
+            self.ill_counts += self.ill_matched.cpu()
+            self.rounds += 1
 
     _settings = ("num_samples", "rho_red", "rho_ill", "t_cos", "threshold", "rule", "seed")
-    _progress = ("stage", "epoch", "open", "step", "first_preparation", "loss")
-    _tensors = ("loss_sum", "loss_count", "redundant", "ill_matched", "counts")
+    _progress = ("stage", "epoch", "open", "step", "observed", "batch", "first_preparation", "full_epochs")
+    _progress += ("rounds", "loss")
+    _tensors = ("loss_sum", "loss_count", "redundant", "ill_matched", "counts", "ill_counts", "quantile")
 
     def state_dict(self):
         """Everything, as plain values and CPU tensors, at any moment; the same on every rank."""
@@ -312,68 +397,133 @@ class Scan:
         for name in self._progress:
             setattr(self, name, state[name])
         for name in self._tensors:
-            setattr(self, name, state[name].clone())
+            getattr(self, name).copy_(state[name])
 
     def _to(self, device):
         if self.loss_sum.device != device:
-            for name in self._tensors[:-1]:  # counts are only needed on the CPU, once per round
-                setattr(self, name, getattr(self, name).to(device))
+            for name in (
+                "loss_sum",
+                "loss_count",
+                "quantile",
+                "_marked",
+            ):  # the rest is only needed on the CPU
+                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+
+# ---------------------------------------------------------------- random draws
+
+
+def _generator(*key):
+    """A CPU generator for one purpose: (salt, seed, epoch, ...), so that no draw ever depends on another."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _shuffled(mask, *key):
+    """The ids whose place in the mask (N,) is set, in a random order, int64, in chunks."""
+    if len(mask) <= _LARGE:
+        ids = mask.nonzero().flatten()
+        yield ids[torch.randperm(len(ids), generator=_generator(*key))]
+        return
+    for ids in _permutation(len(mask), *key):
+        yield ids[mask[ids]]
+
+
+_LARGE, _CHUNK = 2**24, 2**18
+
+
+def _permutation(n, *key):
+    """0 .. n-1 in a random order, in chunks, without memory: a Feistel network over the next power of two.
+
+    Each round changes one half of an id's bits by a hash of the other half: a bijection, whatever the hash.
+    """
+    bits = (n - 1).bit_length()
+    keys = torch.randint(2**62, (6,), generator=_generator(*key)).tolist()
+    for start in range(0, 2**bits, _CHUNK):
+        ids = torch.arange(start, min(start + _CHUNK, 2**bits))
+        low = bits // 2
+        for secret in keys:
+            right = ids & (2**low - 1)
+            noise = (right ^ secret) * 0x2545F4914F6CDD1D
+            noise = (noise ^ (noise >> 31)) * 0x369DEA0F31A53F85
+            left = ((ids >> low) ^ (noise >> 33)) & (2 ** (bits - low) - 1)
+            ids = right << (bits - low) | left  # the halves change places
+            low = bits - low
+        yield ids[ids < n]
+
+
+# ---------------------------------------------------------------- what a loop needs besides
+
+
+class WithIds(Dataset):
+    """Any map-style dataset, with ids: items are (id, item), so that `for ids, (images, texts) in loader`."""
+
+    def __init__(self, dataset):
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise TypeError(
+                "SCAN prunes by position: it needs a map-style dataset, with __len__ and __getitem__"
+            )
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return i, self.dataset[i]
 
 
 class ScanSampler:
-    """Deals out the kept ids in global batches: DataLoader(dataset, batch_sampler=ScanSampler(...)).
+    """Deals out the kept ids in global batches: DataLoader(dataset, batch_sampler=ScanSampler(scan, 800)).
 
     With the same seed, the global batch at step k holds the same ids whatever the number of ranks; rank r
     takes its slice. Every rank has equally many steps, an incomplete last batch is left out, every epoch is
-    reshuffled.
+    reshuffled. rank, world_size: torch.distributed's, if not given.
     """
 
-    def __init__(self, global_batch_size, rank=None, world_size=None, seed=0):
+    def __init__(self, scan, global_batch_size, rank=None, world_size=None):
         if rank is None:
             rank = dist.get_rank() if _distributed() else 0
         if world_size is None:
             world_size = dist.get_world_size() if _distributed() else 1
+        self.scan, self.global_batch_size = scan, global_batch_size
         self.rank, self.world_size = rank, world_size
-        self.global_batch_size, self.seed = global_batch_size, seed
-        self._ids, self._steps = None, None
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} does not exist among {self.world_size} ranks")
-        if global_batch_size < 2 or global_batch_size < self.world_size:
+        self.epoch, self.start = None, 0  # start: steps of the epoch that were done before a resume
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not exist among {world_size} ranks")
+        if global_batch_size < 2 or global_batch_size < world_size:
             raise ValueError(
                 f"the global batch must hold at least 2 samples and one per rank, got {global_batch_size} "
-                f"for {self.world_size} rank(s): a contrastive loss needs negatives"
+                f"for {world_size} rank(s): a contrastive loss needs negatives"
             )
-        if global_batch_size % self.world_size:
+        if global_batch_size % world_size:
             raise ValueError(
-                f"the global batch, {global_batch_size}, must be divisible by {self.world_size} ranks"
+                f"the global batch, {global_batch_size}, must be divisible by {world_size} ranks"
             )
+        if scan.num_kept < global_batch_size:
+            raise ValueError(f"{scan.num_kept} samples do not fill one global batch of {global_batch_size}")
 
-    def set_epoch(self, epoch, kept_ids, start_step=0):
-        """Must be called before every epoch. start_step: steps of it that are done already (resume)."""
-        steps = len(kept_ids) // self.global_batch_size
-        if steps < 1:
-            raise ValueError(
-                f"{len(kept_ids)} kept samples do not fill one global batch of {self.global_batch_size}"
-            )
-        if not 0 <= start_step <= steps:
-            raise ValueError(f"start_step {start_step} lies outside the {steps} steps of this epoch")
-        kept_ids = torch.as_tensor(kept_ids, dtype=torch.int64)
-        order = torch.randperm(len(kept_ids), generator=_generator("order", self.seed, epoch))
-        batches = kept_ids[order[: steps * self.global_batch_size]].view(steps, self.world_size, -1)
-        self._ids = batches[start_step:, self.rank]  # (steps left, local batch)
-        self._steps = steps - start_step
+    def set_epoch(self, epoch):
+        """Begin scan's epoch; needed before each one. A second call for the same epoch changes nothing."""
+        if epoch != self.epoch:
+            self.scan._begin(epoch)
+            self.epoch, self.start = epoch, self.scan.step
 
     def __len__(self):
-        if self._steps is None:
-            raise RuntimeError("ScanSampler: call set_epoch(epoch, kept_ids) before each epoch")
-        return self._steps
+        return self.scan.num_kept // self.global_batch_size - self.start
 
     def __iter__(self):
-        if self._ids is None:
-            raise RuntimeError("ScanSampler: call set_epoch(epoch, kept_ids) before each epoch")
-        ids, self._ids = self._ids, None
-        for batch in ids:
-            yield batch.tolist()
+        if self.epoch is None or not self.scan.open:
+            raise RuntimeError("ScanSampler: call set_epoch(epoch) before each epoch")
+        size, local = self.global_batch_size, self.global_batch_size // self.world_size
+        mine = slice(self.rank * local, (self.rank + 1) * local)
+        step, left = 0, torch.empty(0, dtype=torch.int64)
+        for ids in _shuffled(self.scan.kept_mask, "order", self.scan.seed, self.epoch):
+            ids = torch.cat([left, ids])
+            for batch in ids[: len(ids) // size * size].view(-1, size):
+                if step >= self.start:
+                    yield batch[mine].tolist()
+                step += 1
+            left = ids[len(ids) // size * size :]
 
 
 # ---------------------------------------------------------------- Sect. 4.3: coresets
@@ -395,15 +545,22 @@ def coreset(states, prune):
         raise ValueError(f"a coreset needs one or more runs over the same data, got sizes {sorted(sizes)}")
     if not 0 <= prune <= 1:
         raise ValueError(f"prune must lie in 0..1, got {prune}")
+    seeds = [state["seed"] for state in states]
+    if len(set(seeds)) < len(seeds):
+        warnings.warn(
+            f"runs with one seed saw the same batches, so they agree too much: {seeds}", stacklevel=2
+        )
     n = int(prune * sizes.pop())
     pruned_by_all = torch.stack([pruned_set(state, prune) for state in states]).all(0)
     counts = torch.stack([state["counts"].long() for state in states]).sum(0)
     counts[pruned_by_all] += counts.max() + 1  # these go first
-    return (~_most_counted(counts, n, *[state["seed"] for state in states])).nonzero().flatten()
+    return (~_most_counted(counts, n, seeds)).nonzero().flatten()
 
 
-def _most_counted(counts, n, *seeds):
-    # By id the ties would fall alike in every run, and would inflate the overlap of their pruned sets.
-    shuffled = torch.randperm(len(counts), generator=_generator("ties", *seeds))
+def _most_counted(counts, n, seed):
+    # By id the ties would fall alike in every run, and by the seed alone alike in runs of one seed: either
+    # inflates the overlap of their pruned sets.
+    run = hashlib.sha256(counts.numpy()).hexdigest()
+    shuffled = torch.randperm(len(counts), generator=_generator("ties", seed, run))
     first = shuffled[counts[shuffled].argsort(descending=True, stable=True)[:n]]
     return torch.zeros(len(counts), dtype=torch.bool).scatter_(0, first, True)

@@ -12,23 +12,20 @@ The same command again resumes from --out. The method itself is in scan.py; the 
 
 import argparse
 import contextlib
-import fcntl
-import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
-from collections import deque
-from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -36,10 +33,10 @@ import clip_model
 import data
 import eval as evaluation
 import moco
-from data import DataError
-from scan import Scan, ScanSampler, info_nce
+from data import UserError
+from scan import Scan, ScanSampler
 
-VERSION = 1
+# ---------------------------------------------------------------- recipes
 
 # batch: global. Of the paper; MoCo's rate is 1.5e-4 x batch / 256. The tiny ones are ours, for two CPU cores.
 CLIP = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, crop_min=0.9, prune=0.3)
@@ -60,594 +57,22 @@ SHAPES_OF = {
     "moco_vit_b16": SHAPES | dict(image_size=32),
 }
 
-TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that indexes shards, or is gone without a word
 
-TEMPERATURE, MOMENTUM = 0.2, 0.99  # of MoCo v3; the momentum rises to 1 by a cosine
+# ---------------------------------------------------------------- the loop
 
-# a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
-METHOD = (
-    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
-    "lr wd warmup image_size crop_min precision seed"
-).split()
 
-
-class TrainError(Exception):
-    """One line for the user."""
-
-
-# ---------------------------------------------------------------- arguments
-
-
-def parse_args(argv=None):
-    parser = evaluation.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--arch", choices=list(RECIPES), default="vit_b32")
-    add(
-        "--data",
-        default="shapes",
-        help="shapes[:N], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders, cifar10[:DIR]",
-    )
-    add(
-        "--val-data",
-        help="the same kinds: zero-shot (classes) or retrieval (pairs); MoCo: kNN. Built-in data: its own",
-    )
-    add("--img-key", default="filepath", help="column of a CSV")
-    add("--caption-key", default="title", help="column of a CSV")
-    add("--label-key", help="MoCo's kNN: column of a CSV, or key in the .json of tar shards, with the class")
-    add(
-        "--mismatch",
-        type=float,
-        default=0.0,
-        help="share of the captions to shuffle, to measure what SCAN finds",
-    )
-    # SCAN
-    add(
-        "--prune",
-        type=float,
-        help="rho: average share left out per round (CLIP 0.3, MoCo 0.35); 0 trains on the full data",
-    )
-    add("--rho-red", type=float, help="share marked redundant, if not --prune")
-    add("--rho-ill", type=float, help="share marked ill-matched, if not --prune")
-    add("--t-cos", type=int, default=3, help="mutation epochs per round")
-    add("--warmup-threshold", type=float, default=0.3, help="T_td: relative drop of the epoch loss")
-    add("--warmup-rule", choices=["stable", "printed"], default="stable")
-    add("--keep", help="train on these ids only (.npy), a static coreset")
-    # optimisation; defaults depend on the arch and the data
-    add("--epochs", type=int)
-    add("--batch-size", type=int, help="global: over all ranks")
-    add(
-        "--accum",
-        type=int,
-        default=1,
-        help="micro-batches per step, exact: all negatives, two forward passes",
-    )
-    add("--lr", type=float, help="peak")
-    add("--wd", type=float)
-    add("--warmup", type=float, help="of the learning rate, in epochs (fractions allowed)")
-    add("--image-size", type=int)
-    add("--crop-min", type=float, help="area of the smallest random crop, as a share of the picture's")
-    # running
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto: bf16 on a GPU that has it",
-    )
-    add(
-        "--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, from 5,000 steps on"
-    )
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--workers", type=int, help="loading processes per rank")
-    add("--eval-every", type=int, default=5, help="epochs; 0: at the end only")
-    add(
-        "--save-every",
-        type=int,
-        default=0,
-        help="steps between checkpoints, besides the one after each epoch",
-    )
-    add("--max-bad", type=float, default=0.01, help="share of unreadable samples that ends the run")
-    add("--seed", type=int, default=0)
-    add("--vocab", help="bpe_simple_vocab_16e6.txt.gz for CLIP's tokens; without it, hashed words")
-    add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
-    args = parser.parse_args(argv)
-
-    shapes, is_moco = args.data.partition(":")[0] == "shapes", args.arch in moco.ARCHS
-    defaults = RECIPES[args.arch]
-    if shapes:
-        defaults = defaults | SHAPES_OF.get(args.arch, SHAPES)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, min(value, args.epochs) if name == "warmup" else value)
-    if args.lr is None:
-        args.lr = 1.5e-4 * args.batch_size / 256
-    args.rho_red = args.prune if args.rho_red is None else args.rho_red
-    args.rho_ill = args.prune if args.rho_ill is None else args.rho_ill
-    args.out = args.out or f"runs/{args.arch}-prune{args.prune:g}-seed{args.seed}"
-    if args.workers is None:
-        args.workers = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.val_data is None and shapes:
-        args.val_data = "shapes"
-
-    def need(ok, flag, what):
-        if not ok:
-            parser.error(f"--{flag.replace('_', '-')} must be {what}, got {getattr(args, flag)}")
-
-    for flag in ("prune", "rho_red", "rho_ill"):
-        need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
-    if args.rho_red + args.rho_ill > 1:
-        parser.error(
-            f"--rho-red and --rho-ill (or twice --prune) sum to {args.rho_red + args.rho_ill:g}, more than 1"
-        )
-    for flag in ("t_cos", "epochs", "accum", "image_size"):
-        need(1 <= getattr(args, flag) < 2**31, flag, "at least 1")
-    for flag in ("workers", "eval_every", "save_every", "seed"):
-        need(0 <= getattr(args, flag) < 2**63, flag, "at least 0")
-    need(args.image_size <= 4096, "image_size", "at most 4096")
-    need(args.workers <= 1024, "workers", "at most 1024")
-    need(0 < args.crop_min <= 1, "crop_min", "a share above 0")
-    for flag in ("mismatch", "max_bad"):
-        need(0 <= getattr(args, flag) <= 1, flag, "a share between 0 and 1")
-    for flag in ("lr", "wd", "warmup"):
-        value = getattr(args, flag)
-        need(value is None or 0 <= value < math.inf, flag, "a finite number of at least 0")
-    need(math.isfinite(args.warmup_threshold), "warmup_threshold", "finite")
-    need(args.warmup is None or args.warmup <= args.epochs, "warmup", f"at most the {args.epochs} epochs")
-    need(2 <= args.batch_size < 2**31, "batch_size", "at least 2: a contrastive loss needs negatives")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    need(
-        args.batch_size % (world * args.accum) == 0,
-        "batch_size",
-        f"divisible by {world} rank(s) x {args.accum} --accum",
-    )
-    patch = (
-        moco.ARCHS[args.arch]["patch"] if is_moco else clip_model.ARCHS[args.arch]["vision"].get("patch", 32)
-    )
-    need(args.image_size % patch == 0, "image_size", f"a multiple of {patch} for {args.arch}")
-    if args.accum > 1 and not args.arch.startswith("vit"):
-        parser.error(
-            f"--accum: not exact with the BatchNorm or stochastic depth of {args.arch}; use more ranks "
-            f"instead"
-        )
-    if is_moco and args.mismatch:
-        parser.error("--mismatch shuffles captions, and MoCo reads none")
-    if is_moco and args.vocab:
-        parser.error("--vocab is for captions, and MoCo reads none")
-    return args
-
-
-# ---------------------------------------------------------------- ranks
-
-
-def start_ranks(args):
-    """-> rank, world size, device; from torchrun's environment, or one process without it."""
-    rank, world, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    if cuda and local >= torch.cuda.device_count():
-        raise TrainError(
-            f"rank {rank} finds no GPU {local} here: start one rank per GPU, or use --device cpu"
-        )
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        # After a restart by torchrun (--max-restarts) its store still holds the addresses of the dead ranks.
-        store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=world
-        )
-    return rank, world, device
-
-
-def mean_in_rank_order(_, bucket):
-    """DDP's averaging for ranks on CPUs, the same to the last bit in a resumed run.
-
-    Gloo's own order of summing depends on an element's place in its bucket, and DDP rearranges its buckets
-    after the first step of a process.
-    """
-    grad, world = bucket.buffer(), dist.get_world_size()
-    mine = F.pad(grad, (0, -len(grad) % world))
-    theirs = torch.empty_like(mine)
-    dist.all_to_all_single(theirs, mine)  # each rank sums a part
-    dist.all_gather_into_tensor(mine, functools.reduce(torch.add, theirs.chunk(world)) / world)
-    done = torch.futures.Future()
-    done.set_result(mine[: len(grad)])
-    return done
-
-
-class StopSignal:
-    """SIGTERM or Ctrl-C on any rank, agreed upon by all at the same step, without making anybody wait.
-
-    Each step starts a reduction of one flag on the hosts and reads the result of the step before.
-    """
-
-    def __init__(self, world):
-        self.asked = False
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
-        self.pending = None
-        self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __call__(self):
-        if self.agent not in (None, os.getppid()):
-            self.asked = True  # torchrun itself is gone: nobody would end this rank
-        if self.group is None:
-            return self.asked
-        before, flag = self.pending, torch.tensor(int(self.asked))
-        self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
-        if before is None:
-            return False
-        before[0].wait()
-        return bool(before[1])
-
-
-def check_ranks_agree(what, values, device):
-    """Fail loudly if a tensor differs between the ranks (one hash each is compared)."""
-    if not dist.is_initialized():
-        return
-    digest = hashlib.sha256(values.numpy().tobytes()).digest()
-    mine = torch.tensor(int.from_bytes(digest[:8], "little") >> 1, device=device)
-    low, high = mine.clone(), mine.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
-    if low != high:
-        raise TrainError(
-            f"the ranks disagree on the {what}: do they see the same data and run the same code?"
-        )
-
-
-# ---------------------------------------------------------------- optimisation
-
-
-def learning_rate(epoch, args):
-    """Linear warm-up, then a cosine to 0; `epoch` is fractional, so shorter epochs never bend it."""
-    if epoch < args.warmup:
-        return args.lr * epoch / args.warmup
-    done = (epoch - args.warmup) / max(args.epochs - args.warmup, 1e-9)
-    return args.lr * (1 + math.cos(math.pi * min(done, 1))) / 2
-
-
-def moco_momentum(epoch, args):
-    return 1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
-
-
-def make_optimizer(model, args, device):
-    # CLIP: weight matrices decay; biases, norms, the class token and the logit scale do not. MoCo: all do.
-    least = 0 if args.arch in moco.ARCHS else 2
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= least]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < least]
-    betas, eps = ((0.9, 0.98), 1e-6) if args.arch.startswith("vit") else ((0.9, 0.999), 1e-8)
-    groups = [{"params": decay, "weight_decay": args.wd}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=device.type == "cuda")
-
-
-def clip_losses(image, text, scale):
-    """-> (b,) losses of both directions of Eq. 1, and what to minimise."""
-    a, b = info_nce(image, text, scale), info_nce(text, image, scale)
-    return a, b, ((a + b) / 2).mean()
-
-
-def moco_losses(q1, q2, k1, k2):
-    """-> (b,) losses of both views, and what to minimise: MoCo v3 weighs it by twice the temperature."""
-    a, b = info_nce(q1, k2, 1 / TEMPERATURE), info_nce(q2, k1, 1 / TEMPERATURE)
-    return a, b, 2 * TEMPERATURE * (a + b).mean()
-
-
-def forward_backward(model, inputs, losses, autocast):
-    """-> per-sample losses of both directions, detached, and the features; gradients are in place."""
-    with autocast:
-        features = model(*inputs)
-    a, b, loss = losses(*features)
-    loss.backward()
-    return a.detach(), b.detach(), features
-
-
-def forward_backward_accumulated(model, inputs, losses, autocast, accum):
-    """The same losses and gradients with the memory of one micro-batch, in two passes (CLIP).
-
-    First all features without a graph: with them the loss of the full global batch, and its gradient with
-    respect to each feature. Then every micro-batch again, with its graph, to carry those gradients on to the
-    parameters.
-    """
-    chunks = list(zip(*(x.chunk(accum) for x in inputs), strict=True))
-    core = getattr(model, "module", model)
-    with torch.no_grad(), autocast:
-        parts = [core(*chunk) for chunk in chunks]
-    features = [torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), parts[0][2]]
-    features = [f.detach().requires_grad_() for f in features]
-    a, b, loss = losses(*features)
-    loss.backward()
-    gradients = zip(features[0].grad.chunk(accum), features[1].grad.chunk(accum), strict=True)
-    for k, (chunk, (image_grad, text_grad)) in enumerate(zip(chunks, gradients, strict=True)):
-        last = k == accum - 1
-        with contextlib.nullcontext() if last or core is model else model.no_sync():  # ranks average once
-            with autocast:
-                image, text, scale = model(*chunk)
-            torch.autograd.backward([image, text, scale], [image_grad, text_grad, features[2].grad / accum])
-    return a.detach(), b.detach(), features
-
-
-# ---------------------------------------------------------------- checkpoints and log
-
-
-def claim(out, patience=60):
-    """Keep other runs from writing to this folder -> a lock, held until the process ends or lets go of it.
-
-    Ranks whose torchrun was killed need some seconds to notice: so wait for them.
-    """
-    try:
-        os.makedirs(out, exist_ok=True)
-        lock = open(os.path.join(out, "lock"), "a")
-    except OSError as error:
-        raise TrainError(f"--out {out}: {error.strerror}") from None
-    for _ in range(patience):
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except (BlockingIOError, PermissionError):
-            time.sleep(1)
-        except OSError:  # a file system without locks
-            return lock
-    raise TrainError(f"--out {out}: another run is writing to it")
-
-
-def save(out, checkpoint):
-    """last.pt is replaced at once or not at all; the one before it stays as prev.pt."""
-    last, prev, new = (os.path.join(out, name) for name in ("last.pt", "prev.pt", "new.pt"))
-    try:
-        with open(new, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(last):
-            os.replace(last, prev)
-        os.replace(new, last)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(new)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise TrainError(
-            f"{last}: cannot be written ({reason}); the checkpoint before it is intact"
-        ) from None
-
-
-def load(out, say):
-    """The newest whole checkpoint of a folder, or None."""
-    damaged = []
-    for name in ("last.pt", "prev.pt"):
-        path = os.path.join(out, name)
-        if os.path.exists(path):
-            try:
-                checkpoint = evaluation.load_checkpoint(path) | {"path": path}
-                if damaged:
-                    say(f"{damaged[0]} is damaged: going on from {path}")
-                return checkpoint
-            except evaluation.EvalError:
-                damaged.append(path)
-    if damaged:
-        raise TrainError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
-    return None
-
-
-def refuse_other_run(checkpoint, args, tokenizer, identity):
-    if checkpoint.get("version") != VERSION:
-        raise TrainError(
-            f"{checkpoint['path']}: not written by this version of train.py: choose another --out"
-        )
-    for name in METHOD:
-        before, now = checkpoint["args"].get(name), getattr(args, name)
-        if before != now:
-            raise TrainError(
-                f"{args.out} holds a run with --{name.replace('_', '-')} {before}, this one has {now}: "
-                f"choose another --out"
-            )
-    if checkpoint["tokenizer"] != tokenizer:
-        raise TrainError(
-            f"{args.out} was trained with the tokenizer {checkpoint['tokenizer']}: choose another --out"
-        )
-    before = checkpoint["data"]
-    if (before["size"], before["hash"]) != (identity["size"], identity["hash"]):
-        raise TrainError(
-            f"{args.out} was trained on other data ({before['size']:,} samples, hash {before['hash']}; now "
-            f"{identity['size']:,}, {identity['hash']}): choose another --out"
-        )
-    if before["kept"] != identity["kept"]:
-        raise TrainError(f"{args.out} was trained on other ids of the same --keep file: choose another --out")
-
-
-class Log:
-    """log.jsonl, one record a line, written by the rank that holds the folder's lock.
-
-    Records of epochs that are run again are dropped first.
-    """
-
-    def __init__(self, out, epochs_done, lock):
-        self.path, self.lock, self.records = os.path.join(out, "log.jsonl"), lock, []
-        if os.path.exists(self.path) and epochs_done:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    with contextlib.suppress(ValueError):  # a line cut short by a kill
-                        record = json.loads(line)
-                        if record["epoch"] < epochs_done:
-                            self.records.append(record)
-        if lock:
-            self._write(self.path + ".new", "w", self.records)
-            os.replace(self.path + ".new", self.path)
-
-    def add(self, record):
-        self.records.append(record)
-        if self.lock:
-            self._write(self.path, "a", [record])
-
-    @staticmethod
-    def _write(path, mode, records):
-        try:
-            with open(path, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-        except OSError as error:
-            raise TrainError(
-                f"{path}: cannot be written ({error.strerror}); the checkpoints are intact"
-            ) from None
-
-
-def found(scan, truth):
-    """How well the newest candidates match planted faults: precision, recall, and both shares."""
-    result = {}
-    for kind, planted in truth.items():
-        marked, planted = getattr(scan, kind)[:-1].cpu(), torch.from_numpy(planted)
-        hits = int((marked & planted).sum())
-        result[kind] = {
-            "precision": round(hits / max(int(marked.sum()), 1), 4),
-            "recall": round(hits / max(int(planted.sum()), 1), 4),
-            "marked": round(marked.double().mean().item(), 4),
-            "planted": round(planted.double().mean().item(), 4),
-        }
-    return result
-
-
-def print_table(log, args, say):
-    """What a run ends with: epochs, what SCAN saved, what it found, and how good the model is."""
-    epochs = [r for r in log.records if r["event"] == "epoch"]
-    say(f"\n{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}")
-    for r in epochs:
-        say(
-            f"{r['epoch']:>5}  {r['stage']:<11} {r['kept'] / r['total']:>7.1%} {r['loss'] or math.nan:>8.4f} "
-            f"{r['seconds']:>8.1f}"
-        )
-    if not epochs:
-        return
-    full_epoch = epochs[0]["total"] // args.batch_size * args.batch_size
-    seen, full = epochs[-1]["samples_seen"], len(epochs) * full_epoch
-    seconds = sum(r["seconds"] for r in epochs)
-    say(f"\nsamples seen {seen:,} of {full:,}: {1 - seen / full:.1%} saved")
-    unpruned = [r["seconds"] / r["samples"] for r in epochs if r["stage"] != "mutation"]
-    time_full = float(np.median(unpruned)) * full
-    say(
-        f"training {seconds:,.0f} s; all epochs at the pace of the full ones {time_full:,.0f} s: "
-        f"{1 - seconds / time_full:.1%} saved, {sum(r['data_seconds'] for r in epochs) / seconds:.0%} "
-        f"waiting for data"
-    )
-    rounds = [r["found"] for r in epochs if r.get("found")]
-    if rounds:
-        say("planted faults among the candidates, share found per round (by chance: the share marked)")
-        for kind in rounds[-1]:
-            recalls = [found[kind]["recall"] for found in rounds]
-            precision = np.mean([found[kind]["precision"] for found in rounds])
-            say(
-                f"  {kind.replace('_', '-'):<12}" + " ".join(f"{r:4.0%}" for r in recalls) + f"; mean recall "
-                f"{np.mean(recalls):.1%}, precision {precision:.1%} "
-                f"({rounds[-1][kind]['marked']:.1%} of the data marked, {rounds[-1][kind]['planted']:.1%} "
-                f"planted)"
-            )
-    for r in [r for r in log.records if r["event"] == "eval"][-1:]:
-        say(scores({k: v for k, v in r.items() if k not in ("event", "epoch")}))
-
-
-def scores(result):
-    return "  ".join(f"{k} {v:,}" if k == "n" else f"{k} {v:.2%}" for k, v in result.items())
-
-
-class ProgressLine:
-    """Live on a terminal; elsewhere a plain line every 15 seconds."""
-
-    def __init__(self, rank):
-        self.live, self.mine = sys.stdout.isatty(), rank == 0
-        self.next = time.monotonic() + 1
-
-    def due(self):
-        return self.mine and time.monotonic() >= self.next
-
-    def show(self, text):
-        self.next = time.monotonic() + (0.5 if self.live else 15)
-        print(f"\r{text:<100}" if self.live else text, end="" if self.live else "\n", flush=True)
-
-    def clear(self):
-        if self.mine and self.live:
-            print(f"\r{'':<100}\r", end="", flush=True)
-
-
-# ---------------------------------------------------------------- the run
-
-
-def train(args, rank, world, device):
-    def say(text):
-        if rank == 0:
-            print(text, flush=True)
-
+def train(args, rank, world, device, make_scan=Scan):
+    """make_scan: another class with Scan's interface, for comparisons."""
     torch.manual_seed(args.seed)  # initial weights; what is random later has seeds of its own
     is_moco = args.arch in moco.ARCHS
     tokenizer = None if is_moco else evaluation.tokenizer_for(args.vocab)
-    text = None if is_moco else tokenizer.name
-    dataset, keep = training_data(args, tokenizer)
-    total, kept_hash = len(dataset), hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:16]
-    identity = {"size": total, "hash": dataset.fingerprint(), "kept": kept_hash if args.keep else None}
-    check_ranks_agree("data", torch.tensor(list(str(identity).encode())), device)
-    val = open_source(args.val_data, False, args) if args.val_data else None
-    if is_moco and val is not None and (val.labels is None or dataset.source.labels is None):
-        raise TrainError("--val-data: MoCo's kNN needs classes in it and in --data; name their --label-key")
-    if is_moco and val is not None:
-        evaluation.class_labels(val, dataset.source.classes)  # a class that is unknown is said now
-    steps_full = int(keep.sum()) // args.batch_size
-    if args.warmup is None:  # the paper's 10k steps, on small data a twentieth of the run
-        args.warmup = round(min(10_000 / steps_full, 0.05 * args.epochs), 4)
-
-    if is_moco:
-        model, losses = moco.create(args.arch, args.image_size), moco_losses
-    else:
-        model, losses = clip_model.create(args.arch, args.image_size, tokenizer.vocab_size), clip_losses
-    model.to(device)
-    optimizer = make_optimizer(model, args, device)
-    scan = Scan(
-        total,
-        rho_red=args.rho_red,
-        rho_ill=args.rho_ill,
-        t_cos=args.t_cos,
-        threshold=args.warmup_threshold,
-        rule=args.warmup_rule,
-        seed=args.seed,
-    )
-
-    lock = claim(args.out) if rank == 0 else None
-    first_epoch, start_step = 0, 0
-    totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}  # of the epoch under way
-    samples_seen = 0
-    if world > 1:
-        dist.barrier()  # --out exists
-    checkpoint = load(args.out, say)
-    if checkpoint:
-        refuse_other_run(checkpoint, args, text, identity)
-        first_epoch, start_step = checkpoint["epoch"], checkpoint["step"]
-    check_ranks_agree("checkpoint in --out", torch.tensor([first_epoch, start_step]), device)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scan.load_state_dict(checkpoint["scan"])
-        totals, samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
-        if rank == 0 and checkpoint["path"].endswith("prev.pt"):
-            # else the next save would put a damaged last.pt in the place of this one
-            os.replace(checkpoint["path"], os.path.join(args.out, "last.pt"))
-    log = Log(args.out, first_epoch, lock)
-
-    bf16 = args.precision == "bf16" or (
-        args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-    compiled = args.compile == "on" or (
-        args.compile == "auto" and device.type == "cuda" and steps_full * args.epochs >= 5_000
-    )
-    module = torch.compile(model) if compiled else model
-    if world > 1:
-        module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-        if device.type == "cpu" and world > 2:  # two summands have but one order
-            module.register_comm_hook(None, mean_in_rank_order)
-    sampler = ScanSampler(args.batch_size, rank, world, seed=args.seed)
+    dataset, val = open_data(args, tokenizer)
+    model = create_model(args, tokenizer).to(device)
+    optimizer = make_optimizer(model, args)
+    settings = dict(t_cos=args.t_cos, threshold=args.warmup_threshold, rule=args.warmup_rule, seed=args.seed)
+    keep = read_keep(args.keep, len(dataset))
+    scan = make_scan(len(dataset), args.prune, args.rho_red, args.rho_ill, **settings, keep=keep)
+    sampler = make_sampler(scan, args)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -657,190 +82,186 @@ def train(args, rank, world, device):
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    stop = StopSignal(world)
-    line = ProgressLine(rank)
-
-    say(
-        f"data      {args.data}: {total:,} samples, hash {identity['hash']}"
-        + f"; text as {text}" * (not is_moco)
-    )
-    say(f"model     {args.arch}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    say(f"running   {world} rank(s) on {device.type}, {'bf16' if bf16 else 'fp32'}, compile {compiled}")
-    say_settings(args, world, say)
-    say(f"writing   {args.out}/log.jsonl, last.pt" + (f"; from epoch {first_epoch} on" if checkpoint else ""))
-    if first_epoch >= args.epochs:
-        print_table(log, args, say)
-        say(f"\nThis run is finished. To start anew, remove {args.out} or choose another --out.")
-        return
-
-    def write_checkpoint(epoch, step):
-        totals["bad"] = union_over_ranks(totals["bad"])
-        if not torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all():
-            raise TrainError(
-                f"weights not finite at epoch {epoch}, step {step}: stopped; {args.out} holds the checkpoint "
-                f"before it. A lower --lr or --precision fp32 may help"
-            )
-        if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"scan": scan.state_dict()}
-            state |= {"epoch": epoch, "step": step, "totals": totals, "samples_seen": samples_seen}
-            state |= {"args": vars(args), "tokenizer": text, "version": VERSION}
-            save(args.out, state | {"data": identity})
+    set_warmup_and_precision(args, len(sampler), device)
+    run = Run(args, rank, world, device, dataset, val, tokenizer, model, optimizer, scan)
+    first_epoch = run.resume()
+    module, autocast = parallel(model, args, len(sampler), world, device)
 
     for epoch in range(first_epoch, args.epochs):
-        # SCAN decides what this epoch trains on: everything, or all but a random share of the candidates.
-        kept = scan.begin_epoch(epoch)
-        kept = kept[keep[kept]]
-        check_ranks_agree("kept samples", kept, device)
+        sampler.set_epoch(epoch)  # SCAN: all data, or all but a random share of the candidates
         dataset.set_epoch(epoch)
-        steps = len(kept) // args.batch_size
-        if steps:  # else, with all data marked (--prune 0.5), this epoch leaves nothing to train on
-            sampler.set_epoch(epoch, kept, start_step)
-        last = epoch + 1 == args.epochs
-        evaluating = val is not None and (last or (args.eval_every and (epoch + 1) % args.eval_every == 0))
-
+        run.begin_epoch()
+        steps = scan.step + len(sampler)
         model.train()
-        suspects = deque()  # steps whose losses the host has not looked at yet
-        began = waiting_since = time.monotonic()
-        seconds_before = totals["seconds"]
-        step = start_step
-        for ids, failed, *batch in loader if steps else ():
-            totals["data_seconds"] += time.monotonic() - waiting_since
-            inputs = dataset.inputs(*batch, device, model.mean_std)
-            rate = learning_rate(epoch + step / steps, args)
+        for step, (ids, failed, *batch) in enumerate(run.timed(loader), scan.step):
+            now = epoch + step / steps  # fractional epoch: shorter epochs never bend a schedule
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            # stochastic depth draws from this: no generator's state to save
-            torch.manual_seed(hash((args.seed, epoch, step, rank)) % 2**63)
-
+                group["lr"] = learning_rate(now, args)
             if is_moco:
-                model.update_momentum_encoder(moco_momentum(epoch + step / steps, args))
-            if args.accum > 1:
-                a, b, features = forward_backward_accumulated(module, inputs, losses, autocast, args.accum)
-            else:
-                a, b, features = forward_backward(module, inputs, losses, autocast)
+                model.update_momentum_encoder(moco.momentum(now / args.epochs))
+            torch.manual_seed(hash((args.seed, epoch, step, rank)) % 2**63)  # for stochastic depth
+
+            a, b, backward = forward(module, model.losses, model.inputs(batch, device), autocast, args.accum)
             scan.observe(ids, a, b)  # SCAN watches; the loss stays as it is
+            backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             if not is_moco:
                 model.logit_scale.data.clamp_(0, math.log(100))
-
-            step += 1
-            totals["samples"] += args.batch_size
-            totals["bad"] += [int(i) for i in failed if i >= 0 and i not in totals["bad"]]
-            refuse_many_bad(totals["bad"], dataset, args)
-            finite = [x.detach().isfinite().all(-1) for x in features[:2]] + [(a + b).isfinite()]
-            suspects.append((epoch, step, ids, to_host(torch.stack(finite))))
-            if len(suspects) > 4:
-                refuse_non_finite(suspects.popleft(), args.out)
-            totals["seconds"] = seconds_before + time.monotonic() - began
-            if line.due():
-                line.show(progress_text(args, scan, totals, step, steps, a, b))
-            stopping = stop()
-            # before an evaluation too: it may take long, and be killed
-            due = (args.save_every and step % args.save_every == 0) or (evaluating and step == steps)
-            if stopping or due:
-                while suspects:
-                    refuse_non_finite(suspects.popleft(), args.out)
-                write_checkpoint(epoch, step)
-            if stopping:
-                line.clear()
-                say(f"stopped in epoch {epoch}, step {step} of {steps}; the same command goes on from here")
+            if run.step(step + 1, steps, failed, a + b):  # saves, shows, looks at signals: True to stop
                 return
-            waiting_since = time.monotonic()
-        while suspects:
-            refuse_non_finite(suspects.popleft(), args.out)
-        totals["seconds"] = seconds_before + time.monotonic() - began
-
         scan.end_epoch()
-        check_ranks_agree("candidates", scan.redundant.cpu() * 2 + scan.ill_matched.cpu(), device)
-        bad = union_over_ranks(totals["bad"])
-        refuse_many_bad(bad, dataset, args)
-        samples_seen += totals["samples"]
-        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
-        record |= {"loss": round(scan.loss, 6) if steps else None}
-        rate = learning_rate(epoch + max(steps - 1, 0) / max(steps, 1), args)  # of the last step
-        record |= {"kept": len(kept), "total": total, "candidates": len(scan.candidates), "lr": rate}
-        record |= {"samples": totals["samples"], "samples_seen": samples_seen}
-        record |= {name: round(totals[name], 3) for name in ("seconds", "data_seconds")}
-        if scan.stage == "preparation" and dataset.truth:
-            record["found"] = found(scan, dataset.truth)
-        if bad:
-            record["bad"] = [dataset.source.where(i) for i in bad[:1000]]
-        log.add(record)
-        line.clear()
-        say(
-            f"epoch {epoch:>3}/{args.epochs}  {scan.stage:<11} kept {len(kept) / total:6.1%}  "
-            f"loss {scan.loss:.4f}  {totals['seconds']:.1f} s" + (f"  {len(bad)} unreadable" if bad else "")
-        )
-        if evaluating:
-            result = evaluate(model, tokenizer, dataset.source, val, device, args.workers)
-            log.add({"event": "eval", "epoch": epoch} | result)
-            say("    " + scores(result))
-        start_step, totals = 0, {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}
-        write_checkpoint(epoch + 1, 0)
-        if stop():
-            say(f"stopped after epoch {epoch}; the same command goes on from here")
+        if run.end_epoch():  # logs, saves, evaluates
             return
-    print_table(log, args, say)
+    run.print_table()
 
 
-def say_settings(args, world, say):
-    say(f"          {args.image_size} px, {args.workers} loading process(es) per rank, seed {args.seed}")
-    say(f"batch     {args.batch_size} global = {args.batch_size // world} per rank x {world}")
-    say(f"          ln({args.batch_size}) = {math.log(args.batch_size):.3f} is the loss of knowing nothing")
-    say(f"rate      {args.lr:g}, {args.warmup:g} of {args.epochs} epochs warm-up; weight decay {args.wd:g}")
-    say(
-        f"pruning   {args.rho_red:.0%} redundant + {args.rho_ill:.0%} ill-matched marked per batch: after "
-        f"the warm-up {(args.rho_red + args.rho_ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs"
-    )
+def forward(module, losses, inputs, autocast, accum=1):
+    """-> per-sample losses of both directions, (b,) each, and a function that makes the gradients.
+
+    With accum > 1 in the memory of a micro-batch, yet with all negatives, in two passes (CLIP alone): first
+    all features without a graph, and the loss of the global batch with its gradient for each feature; then
+    every micro-batch again, with its graph, to carry those gradients on to the parameters.
+    """
+    if accum == 1:
+        with autocast:
+            features = module(*inputs)
+        a, b, loss = losses(*features)
+        return a, b, loss.backward
+
+    chunks = list(zip(*(x.chunk(accum) for x in inputs)))
+    core = getattr(module, "module", module)
+    with torch.no_grad(), autocast:
+        images, texts, scales = zip(*(core(*chunk) for chunk in chunks))
+    features = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scales[0].clone())]
+    a, b, loss = losses(*features)
+
+    def backward():
+        loss.backward()
+        image_grads, text_grads = (x.grad.chunk(accum) for x in features[:2])
+        for k, chunk in enumerate(chunks):
+            last = k == accum - 1
+            with (
+                contextlib.nullcontext() if last or core is module else module.no_sync()
+            ):  # ranks average once
+                with autocast:
+                    outputs = module(*chunk)
+                torch.autograd.backward(outputs, [image_grads[k], text_grads[k], features[2].grad / accum])
+
+    return a, b, backward
 
 
-def training_data(args, tokenizer):
-    """-> dataset, and the mask (N,) of what --keep keeps; refuses data too small for the batch."""
-    source = open_source(args.data, True, args)
+# ---------------------------------------------------------------- model and optimizer
+
+
+def create_model(args, tokenizer):
+    if args.arch in moco.ARCHS:
+        model = moco.create(args.arch, args.image_size)
+    else:
+        model = clip_model.create(args.arch, args.image_size, tokenizer.vocab_size)
+    if args.init:
+        evaluation.load_weights(model, args.init)
+    if args.arch.startswith("rn"):
+        model.visual.to(memory_format=torch.channels_last)
+    return model
+
+
+def make_optimizer(model, args):
+    """CLIP as open_clip: weight matrices decay, but no name with "bias". MoCo v3: everything does."""
+    is_moco = args.arch in moco.ARCHS
+    decay, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim > 1 and "bias" not in name
+            (decay if is_moco or matrix else others).append(parameter)
+    betas, eps = ((0.9, 0.98), 1e-6) if args.arch.startswith("vit") else ((0.9, 0.999), 1e-8)
+    groups = [{"params": decay, "weight_decay": args.wd}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=decay[0].is_cuda)
+
+
+def learning_rate(now, args):
+    """Linear warm-up, then a cosine to 0. now: in epochs, with their fractions."""
+    if now < args.warmup:
+        return args.lr * now / args.warmup
+    done = (now - args.warmup) / max(args.epochs - args.warmup, 1e-9)
+    return args.lr * (1 + math.cos(math.pi * min(done, 1))) / 2
+
+
+def set_warmup_and_precision(args, steps, device):
+    """What depends on the data and the device: written into args, so that a resume compares what was used."""
+    if args.warmup is None:  # the paper's 10k steps, on small data a twentieth of the run
+        args.warmup = round(min(10_000 / steps, 0.05 * args.epochs), 4)
+    args.precision = evaluation.precision(args.precision, device)
+
+
+def parallel(model, args, steps, world, device):
+    """-> what the loop calls instead of the model, under DDP and compiled where asked for; its autocast."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    module = model
+    if world > 1:
+        module = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    long = device.type == "cuda" and steps * args.epochs >= 5_000
+    if args.compile == "on" or (args.compile == "auto" and long):
+        module.compile()  # DDP and all: so that it cuts the graph where gradients can be sent
+    return module, autocast
+
+
+# ---------------------------------------------------------------- data
+
+
+def open_data(args, tokenizer):
+    """-> the dataset to train on; the source to evaluate on, or None."""
+    source = open_source(args, args.data, True)
     if tokenizer is None:
-        dataset = data.Views(source, args.image_size, crop_min=args.crop_min, seed=args.seed)
+        options = dict(crop_min=args.crop_min, seed=args.seed)
+        dataset = data.Views(source, args.image_size, moco.draw_views, **options)
     else:
         options = dict(crop_min=args.crop_min, seed=args.seed, mismatch=args.mismatch)
         dataset = data.Pairs(source, tokenizer, args.image_size, **options)
-    keep = read_keep(args.keep, len(dataset))
-    size = int(keep.sum())
-    if size < args.batch_size:
-        raise TrainError(f"{size} samples do not fill one global batch: use a smaller --batch-size")
-    fewest = max(size - int((args.rho_red + args.rho_ill) * len(dataset)), 0)  # in the last mutation epoch
-    if fewest < args.batch_size and args.rho_red + args.rho_ill < 1:
-        raise TrainError(
-            f"pruning may leave {fewest} samples, less than one global batch of {args.batch_size}: "
-            "use a smaller --batch-size or --prune"
-        )
-    return dataset, keep
+    val = open_source(args, args.val_data, False) if args.val_data else None
+    if val is not None and tokenizer is None:
+        if val.labels is None or source.labels is None:
+            raise UserError(
+                "--val-data: MoCo's kNN needs classes in it and in --data; name their --label-key"
+            )
+        evaluation.class_labels(val, source.classes)  # a class that is unknown is said now
+    elif val is not None and val.labels is not None:
+        evaluation.zeroshot_classes(val)
+    return dataset, val
 
 
-def open_source(spec, train_split, args):
-    """The first rank of a node indexes what is not indexed yet; the others then read its cache."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not first:
-        dist.barrier()
-    keys = {"image_key": args.img_key, "caption_key": args.caption_key, "label_key": args.label_key}
+def open_source(args, spec, training):
     captions = args.arch not in moco.ARCHS
-    source = data.open_source(spec, train=train_split, size=args.image_size, captions=captions, **keys)
-    if dist.is_initialized() and first:
-        dist.barrier()
-    return source
+    keys = dict(image_key=args.img_key, caption_key=args.caption_key, label_key=args.label_key)
+    return data.open_source(spec, train=training, size=args.image_size, captions=captions, **keys)
 
 
 def read_keep(path, total):
-    """Mask (N,) of the samples a static coreset keeps."""
+    """Ids (n,) int64 of a static coreset, or None."""
     if path is None:
-        return torch.ones(total, dtype=torch.bool)
+        return None
     try:
         ids = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise TrainError(f"--keep {path}: not a .npy file of ids ({error})") from None
+        raise UserError(f"--keep {path}: not a .npy file of ids ({error})") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids) or ids.min() < 0 or ids.max() >= total:
-        raise TrainError(f"--keep {path}: needs a flat array of ids in 0..{total - 1}")
-    return torch.zeros(total, dtype=torch.bool).index_fill_(0, torch.from_numpy(ids.astype(np.int64)), True)
+        raise UserError(f"--keep {path}: needs a flat array of ids in 0..{total - 1}")
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def make_sampler(scan, args):
+    try:
+        sampler = ScanSampler(scan, args.batch_size)
+    except ValueError as error:
+        raise UserError(f"{error}: use a smaller --batch-size") from None
+    marked = int(args.rho_red * args.batch_size) + int(args.rho_ill * args.batch_size)
+    fewest = scan.num_kept - marked * len(sampler)  # in the last mutation epoch
+    if fewest < args.batch_size and marked < args.batch_size:
+        raise UserError(
+            f"pruning may leave {max(fewest, 0)} samples, less than one global batch of {args.batch_size}: "
+            "use a smaller --batch-size or --prune"
+        )
+    return sampler
 
 
 def evaluate(model, tokenizer, source, val, device, workers):
@@ -854,7 +275,600 @@ def evaluate(model, tokenizer, source, val, device, workers):
     else:
         protocol = evaluation.zeroshot if val.labels is not None else evaluation.retrieval
         result = protocol(model, tokenizer, val, device, workers=workers)
-    return {k: v if k == "n" else round(v, 5) for k, v in result.items()}
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
+
+
+# ---------------------------------------------------------------- flags
+
+
+def parse_args(argv=None):
+    share, natural, count, finite = (getattr(evaluation, n) for n in ("share", "natural", "count", "finite"))
+    parser = evaluation.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--arch", choices=list(RECIPES), default="vit_b32", help="default: vit_b32")
+    add(
+        "--data",
+        default="shapes",
+        help="shapes[:N[,zipf]], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders, "
+        "cifar10[:DIR] (default: shapes)",
+    )
+    add("--val-data", help="the same kinds: zero-shot (classes), retrieval (pairs), kNN (MoCo)")
+    add("--img-key", default="filepath", help="column of a CSV (filepath)")
+    add("--caption-key", default="title", help="column of a CSV (title)")
+    add("--label-key", help="MoCo's kNN: column of a CSV, or key in the .json of tar shards, with the class")
+    add(
+        "--mismatch", type=share, default=0.0, help="share of captions to shuffle, to see what SCAN finds (0)"
+    )
+    # SCAN
+    add("--prune", type=share, help="rho: average share left out per round; 0: full data (CLIP .3, MoCo .35)")
+    add("--rho-red", type=share, help="share marked redundant (--prune)")
+    add("--rho-ill", type=share, help="share marked ill-matched (--prune)")
+    add("--t-cos", type=natural, default=3, help="mutation epochs per round (3)")
+    add("--warmup-threshold", type=float, default=0.3, help="T_td: relative drop of the epoch loss (0.3)")
+    add("--warmup-rule", choices=["stable", "printed"], default="stable", help="see scan.warmed_up (stable)")
+    add("--keep", help="train on these ids only (.npy), a static coreset")
+    # optimisation
+    add("--epochs", type=natural, help=f"({recipe_help('epochs')})")
+    add("--batch-size", type=natural, help=f"global: over all ranks ({recipe_help('batch_size')})")
+    add("--accum", type=natural, default=1, help="micro-batches per step, exact, two forward passes (1)")
+    add("--lr", type=finite, help=f"peak ({recipe_help('lr')}; MoCo 1.5e-4 x batch / 256)")
+    add("--wd", type=finite, help="weight decay (0.1)")
+    add(
+        "--warmup",
+        type=finite,
+        help="of the rate, in epochs, also fractions (CLIP 10,000 steps, at most a 20th of the run; MoCo 10)",
+    )
+    add("--image-size", type=natural, help=f"({recipe_help('image_size')})")
+    add("--crop-min", type=share, help="smallest random crop, as a share of the picture (CLIP .9, MoCo .08)")
+    add("--init", help="weights to start from: of open_clip, timm, or a run of ours")
+    # running
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: bf16 on a GPU that has it",
+    )
+    add(
+        "--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, from 5,000 steps on"
+    )
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, or else cpu")
+    add("--workers", type=count, help="loading processes per rank (the cores each rank has)")
+    add("--eval-every", type=count, default=5, help="epochs; 0: at the end only (5)")
+    add(
+        "--save-every",
+        type=count,
+        default=0,
+        help="steps between checkpoints, besides each epoch's (0: none)",
+    )
+    add("--max-bad", type=share, default=0.01, help="share of unreadable samples that ends the run (0.01)")
+    add("--seed", type=count, default=0, help="(0)")
+    add("--vocab", help="bpe_simple_vocab_16e6.txt.gz for CLIP's tokens; without it, hashed words")
+    add("--out", help="folder of log and checkpoints (runs/ARCH-pruneP-seedS)")
+    args = parser.parse_args(argv)
+    fill_in(args)
+    check(args, parser.error)
+    return args
+
+
+def recipe_help(name):
+    default = RECIPES["vit_b32"][name], SHAPES[name]
+    return "CLIP {:g}; on shapes {:g}".format(*default) + (f"; MoCo {MOCO[name]}" if name in MOCO else "")
+
+
+def fill_in(args):
+    """Defaults that depend on the arch, the data and the machine."""
+    shapes = args.data.partition(":")[0] == "shapes"
+    defaults = RECIPES[args.arch]
+    if shapes:
+        defaults = defaults | SHAPES_OF.get(args.arch, SHAPES)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, min(value, args.epochs) if name == "warmup" else value)
+    if args.lr is None:
+        args.lr = 1.5e-4 * args.batch_size / 256
+    args.rho_red = args.prune if args.rho_red is None else args.rho_red
+    args.rho_ill = args.prune if args.rho_ill is None else args.rho_ill
+    args.out = args.out or f"runs/{args.arch}-prune{args.prune:g}-seed{args.seed}"
+    if args.workers is None:
+        args.workers = evaluation.loading_processes()
+    if args.val_data is None and shapes:
+        args.val_data = "shapes"
+
+
+def check(args, error):
+    """What no flag shows alone."""
+    is_moco, world = args.arch in moco.ARCHS, int(os.environ.get("WORLD_SIZE", 1))
+    patch = (
+        moco.ARCHS[args.arch]["patch"] if is_moco else clip_model.ARCHS[args.arch]["vision"].get("patch", 32)
+    )
+    try:
+        Scan(1, args.prune, args.rho_red, args.rho_ill, args.t_cos, args.warmup_threshold)
+    except ValueError as wrong:
+        error(f"--prune, --rho-red, --rho-ill, --t-cos: {wrong}")
+    for flag in ("rho_red", "rho_ill"):
+        if getattr(args, flag) and not int(getattr(args, flag) * args.batch_size):
+            error(
+                f"--prune, --{flag.replace('_', '-')}: {getattr(args, flag):g} of a --batch-size of "
+                f"{args.batch_size} marks no sample: a larger ratio or batch is needed"
+            )
+    if not math.isfinite(args.warmup_threshold):
+        error(f"--warmup-threshold must be finite, got {args.warmup_threshold}")
+    if args.crop_min == 0:
+        error("--crop-min must be above 0")
+    if args.warmup is not None and args.warmup > args.epochs:
+        error(f"--warmup must be at most the {args.epochs} epochs, got {args.warmup:g}")
+    if args.batch_size < 2:
+        error("--batch-size must be at least 2: a contrastive loss needs negatives")
+    if args.batch_size % (world * args.accum):
+        error(f"--batch-size {args.batch_size} is not divisible by {world} rank(s) x {args.accum} --accum")
+    if args.image_size % patch or args.image_size > 4096:
+        error(
+            f"--image-size must be a multiple of {patch} for {args.arch}, at most 4096, got {args.image_size}"
+        )
+    if args.workers > 1024:
+        error(f"--workers must be at most 1024, got {args.workers}")
+    if args.accum > 1 and not args.arch.startswith("vit"):
+        error(f"--accum: not exact with BatchNorm or stochastic depth, as {args.arch} has: use more ranks")
+    if is_moco and (args.mismatch or args.vocab):
+        error("--mismatch and --vocab are for captions, and MoCo reads none")
+
+
+# ---------------------------------------------------------------- what survives crashes
+
+VERSION = 2  # of checkpoints
+
+# a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
+METHOD = (
+    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
+    "lr wd warmup image_size crop_min precision seed init"
+).split()
+
+
+class Run:
+    """The folder of a run: its lock, config.json, log.jsonl, last.pt and prev.pt. And what the user sees."""
+
+    def __init__(self, args, rank, world, device, dataset, val, tokenizer, model, optimizer, scan):
+        self.args, self.rank, self.world, self.device = args, rank, world, device
+        self.dataset, self.val, self.tokenizer = dataset, val, tokenizer
+        self.model, self.optimizer, self.scan = model, optimizer, scan
+        self.out, self.signals, self.records = Path(args.out), Signals(world), []
+        self.totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}  # of this epoch
+        self.samples_seen = 0  # in the epochs before
+        self.first_bad = torch.tensor(-1, device=device)  # the first step whose loss is not finite
+        self.identity = {"size": len(dataset), "hash": dataset.fingerprint(), "kept": None}
+        if args.keep:
+            self.identity["kept"] = hashlib.sha256(scan.kept.numpy()).hexdigest()[:16]
+        self.check_ranks_agree("data", torch.tensor(list(str(self.identity).encode())))
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    # ------------------------------------------------ called by `train`
+
+    def resume(self):
+        """Load the newest checkpoint, if there is one -> the epoch to go on with."""
+        self.lock = claim(self.out) if self.rank == 0 else None
+        if self.world > 1:
+            dist.barrier()  # --out exists
+        checkpoint, path = newest_checkpoint(self.out, self.say)
+        epoch, step = (checkpoint["epoch"], checkpoint["step"]) if checkpoint else (0, 0)
+        self.check_ranks_agree("checkpoint in --out", torch.tensor([epoch, step]))
+        if checkpoint:
+            self.refuse_other_run(checkpoint, path)
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scan.load_state_dict(checkpoint["scan"])
+            self.totals, self.samples_seen = checkpoint["totals"], checkpoint["samples_seen"]
+            if self.rank == 0 and path.name == "prev.pt":
+                os.replace(path, self.out / "last.pt")  # or the next save would keep a damaged one instead
+        self.read_log(epoch)
+        self.finished = epoch == self.args.epochs
+        self.say(header(self) + (f"; from epoch {epoch} on" if checkpoint else ""))
+        if self.rank == 0:
+            config = json.dumps(vars(self.args), indent=1).encode()
+            write_whole(self.out / "config.json", lambda file: file.write(config))
+        if epoch:
+            self.evaluate_if_due(epoch - 1)
+        return epoch
+
+    def begin_epoch(self):
+        self.check_ranks_agree("kept samples", self.scan.kept_mask)
+        self.began = time.monotonic() - self.totals["seconds"]
+        self.shown = time.monotonic()
+
+    def timed(self, loader):
+        """The loader's batches; the time that they are waited for is counted."""
+        batches = iter(loader)
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.totals["data_seconds"] += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, done, steps, failed, losses):
+        """After each step -> whether to stop. failed: ids that can't be read. losses: (b,), finite or not."""
+        wrong = ~losses.detach().isfinite().all() & (self.first_bad < 0)
+        self.first_bad = torch.where(wrong, done, self.first_bad)  # on the device: looked at now and then
+        self.totals["samples"] += self.args.batch_size
+        self.totals["seconds"] = time.monotonic() - self.began
+        if len(failed):
+            self.totals["bad"] = sorted({*self.totals["bad"], *failed.tolist()})
+            self.refuse_many_bad(self.totals["bad"])
+        live = sys.stdout.isatty()
+        showing = self.rank == 0 and time.monotonic() - self.shown > (0.5 if live else 15)
+        looking, stopping = self.signals.agreed(showing)
+        saving = stopping or (self.args.save_every and done % self.args.save_every == 0)
+        if looking or saving:
+            self.refuse_non_finite()
+        if showing:
+            self.shown = time.monotonic()
+            width = shutil.get_terminal_size().columns - 1
+            text = self.live_line(done, steps, losses.mean().item() / 2)
+            print(f"\r{text[:width]:<{width}}" if live else text, end="" if live else "\n", flush=True)
+        if saving:
+            self.save(self.scan.epoch, done)
+        if stopping:
+            self.clear()
+            where = f"epoch {self.scan.epoch}, step {done} of {steps}"
+            self.say(f"stopped in {where}; the same command goes on from here")
+        return stopping
+
+    def end_epoch(self):
+        """After scan's -> whether to stop."""
+        scan, epoch = self.scan, self.scan.epoch
+        self.refuse_non_finite()
+        self.totals["seconds"] = time.monotonic() - self.began
+        self.check_ranks_agree("candidates", scan.redundant.cpu() * 2 + scan.ill_matched.cpu())
+        bad = self.union_over_ranks(self.totals["bad"])
+        self.refuse_many_bad(bad)
+        self.samples_seen += self.totals["samples"]
+        kept, total, seconds = scan.num_kept, len(self.dataset), self.totals["seconds"]
+        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
+        record |= {"loss": round(scan.loss, 6) if scan.step else None}
+        record |= {"kept": kept, "total": total, "candidates": len(scan.candidates)}
+        record |= {"lr": self.optimizer.param_groups[0]["lr"]}
+        record |= {"samples": self.totals["samples"], "samples_seen": self.samples_seen}
+        record |= {name: round(self.totals[name], 3) for name in ("seconds", "data_seconds")}
+        if scan.stage == "preparation" and self.dataset.truth:
+            record["found"] = found(scan, self.dataset.truth)
+        if bad:
+            record["bad"] = [self.dataset.why(i) for i in bad[:100]]
+        self.log(record)
+        self.clear()
+        line = f"epoch {epoch:>3}/{self.args.epochs}  {scan.stage:<11} kept {kept / total:6.1%}"
+        unreadable = f"  {len(bad)} unreadable" if bad else ""
+        self.say(f"{line}  loss {scan.loss:.4f}  {seconds:.1f} s{unreadable}")
+        self.totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}
+        self.save(epoch + 1, 0)  # before the evaluation: one that is killed is made up for by the resumed run
+        self.evaluate_if_due(epoch)
+        stopping = self.signals.agreed()[1] and epoch + 1 < self.args.epochs
+        if stopping:
+            self.say(f"stopped after epoch {epoch}; the same command goes on from here")
+        return stopping
+
+    def print_table(self):
+        """What a run ends with."""
+        self.say("\n" + table(self.records, self.args))
+        if self.finished:
+            self.say(
+                f"\nThis run was finished before. To start anew, or for longer (its rate is made for "
+                f"{self.args.epochs} epochs), remove {self.out} or choose another --out."
+            )
+
+    # ------------------------------------------------ the folder
+
+    def save(self, epoch, step):
+        self.totals["bad"] = self.union_over_ranks(self.totals["bad"])
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if not torch.stack([x.isfinite().all() for x in state["model"].values()]).all():
+            raise UserError(
+                f"weights not finite at epoch {epoch}, step {step}: stopped; {self.out} holds the checkpoint "
+                f"before it. A lower --lr or --precision fp32 may help"
+            )
+        if self.rank:
+            return
+        state |= {"scan": self.scan.state_dict(), "epoch": epoch, "step": step, "totals": self.totals}
+        state |= {"samples_seen": self.samples_seen, "args": vars(self.args), "data": self.identity}
+        state |= {"tokenizer": getattr(self.tokenizer, "name", None), "version": VERSION}
+        save_checkpoint(self.out, state)
+
+    def refuse_other_run(self, checkpoint, path):
+        if checkpoint.get("version") != VERSION:
+            raise UserError(f"{path}: not written by this version of train.py: choose another --out")
+        before, now = checkpoint["args"], vars(self.args)
+        for name in METHOD:
+            flag, old = f"--{name.replace('_', '-')}", before.get(name)
+            if old != now[name]:
+                longer = ", and cannot be made longer, since its rate falls to 0" if name == "epochs" else ""
+                had = f"{self.out} holds a run with {flag} {old}{longer}"
+                raise UserError(f"{had}; this one has {now[name]}: choose another --out")
+        trained_with = checkpoint["tokenizer"]
+        if trained_with != getattr(self.tokenizer, "name", None):
+            raise UserError(f"{self.out} was trained with the tokenizer {trained_with}: choose another --out")
+        before, now = checkpoint["data"], self.identity
+        if (before["size"], before["hash"]) != (now["size"], now["hash"]):
+            old, new = (f"{d['size']:,} samples, hash {d['hash']}" for d in (before, now))
+            raise UserError(f"{self.out} was trained on other data ({old}; now {new}): choose another --out")
+        if before["kept"] != now["kept"]:
+            raise UserError(
+                f"{self.out} was trained on other ids of the same --keep file: choose another --out"
+            )
+
+    def read_log(self, epochs_done):
+        """Records of the epochs that are done; those of epochs that are run again are dropped."""
+        path = self.out / "log.jsonl"
+        if path.exists() and epochs_done:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):  # a line cut short by a kill
+                    record = json.loads(line)
+                    if record["epoch"] < epochs_done:
+                        self.records.append(record)
+        if self.rank == 0:
+            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            write_whole(path, lambda file: file.write(lines.encode()))
+
+    def log(self, record):
+        self.records.append(record)
+        if self.rank == 0:
+            try:
+                with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.out}/log.jsonl: cannot be written ({error.strerror})") from None
+
+    def evaluate_if_due(self, epoch):
+        last, every = epoch + 1 == self.args.epochs, self.args.eval_every
+        done = any(r["event"] == "eval" and r["epoch"] == epoch for r in self.records)
+        due = self.val is not None and not done and (last or (every and (epoch + 1) % every == 0))
+        if self.signals.agreed(due and self.rank == 0)[0]:
+            options = self.dataset.source, self.val, self.device, self.args.workers
+            result = evaluate(self.model, self.tokenizer, *options)
+            self.log({"event": "eval", "epoch": epoch} | result)
+            self.say("    " + scores(result))
+
+    # ------------------------------------------------ the ranks
+
+    def check_ranks_agree(self, what, values):
+        """Fail loudly if a tensor differs between the ranks (one hash each is compared)."""
+        digest = hashlib.sha256(values.numpy()).digest()
+        mine = int.from_bytes(digest[:8], "little") >> 1
+        ends = torch.tensor([mine, -mine])
+        if self.signals.group is not None:
+            dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.signals.group)
+        if ends[0] != -ends[1]:
+            raise UserError(
+                f"the ranks disagree on the {what}: do they see the same data and run the same code?"
+            )
+
+    def union_over_ranks(self, ids):
+        everyone = [ids] * self.world
+        if self.signals.group is not None:
+            dist.all_gather_object(everyone, ids, group=self.signals.group)
+        return sorted(set().union(*everyone))
+
+    def refuse_non_finite(self):
+        """On all ranks at the same step."""
+        first = self.first_bad.cpu()
+        if self.signals.group is not None:
+            dist.all_reduce(first, dist.ReduceOp.MAX, group=self.signals.group)
+        if first >= 0:
+            raise UserError(
+                f"loss not finite in epoch {self.scan.epoch}, step {first}: stopped; {self.out} holds the "
+                f"checkpoint before it. A lower --lr or --precision fp32 may help"
+            )
+
+    def refuse_many_bad(self, ids):
+        """Of a rank's own, in each step, and of all ranks', after each epoch."""
+        if len(ids) > self.args.max_bad * len(self.dataset):
+            causes = "; ".join(self.dataset.why(i) for i in ids[:3])
+            raise UserError(
+                f"{len(ids)} samples can't be read, more than --max-bad {self.args.max_bad:g} of "
+                f"{len(self.dataset):,}: {causes}"
+            )
+
+    # ------------------------------------------------ what the user sees
+
+    def live_line(self, done, steps, loss):
+        totals, epochs, epoch = self.totals, self.args.epochs, self.scan.epoch
+        pace = totals["seconds"] / totals["samples"]  # seconds a sample
+        waiting = totals["data_seconds"] / totals["seconds"]
+        text = f"epoch {epoch}/{epochs} {self.scan.stage} {done}/{steps}  loss {loss:.3f}  {1 / pace:,.0f}/s"
+        text += f"  data {waiting:.0%}"
+        if done >= 10 or epoch:
+            full = self.scan.num_samples * (1 - (self.args.rho_red + self.args.rho_ill) / 2)
+            left = pace * ((steps - done) * self.args.batch_size + (epochs - epoch - 1) * full)
+            text += f"  {left / 60:.0f} min left" if left > 90 else f"  {left:.0f} s left"
+        return text
+
+    def clear(self):
+        if self.rank == 0 and sys.stdout.isatty():
+            print(f"\r{'':<{shutil.get_terminal_size().columns - 1}}\r", end="", flush=True)
+
+
+def header(run):
+    """The lines before the first epoch."""
+    args, batch, used, source = run.args, run.args.batch_size, run.scan.num_kept, run.dataset.source
+    lines = [f"data      {args.data}: {len(run.dataset):,} samples, hash {run.identity['hash']}"]
+    if args.keep:
+        lines += [f"          {used:,} of them are in {args.keep}"]
+    if used % batch > 0.1 * used:
+        lines += [
+            f"          each epoch {used % batch:,} of them, others each time, fill no batch of {batch}"
+        ]
+    if getattr(source, "skipped", None):
+        lines += [f"          {source.skipped}"]
+    if run.tokenizer is not None:
+        toy = ": for trying out; for real captions, and for open_clip, give --vocab"
+        lines += [f"text      {run.tokenizer.name}{toy if run.tokenizer.name == 'hashed words' else ''}"]
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    lines += [f"model     {args.arch}, {parameters:.1f} M parameters, {args.image_size} px"]
+    lines += [f"running   {run.world} rank(s) on {run.device.type}, {args.precision}, compile {args.compile}"]
+    lines += [f"          {args.workers} loading process(es) per rank, seed {args.seed}"]
+    if run.device.type == "mps":
+        lines += ["          MPS sums in an order of its own: a resumed run is equal up to rounding"]
+    lines += [f"batch     {batch} global = {batch // run.world} per rank x {run.world}"]
+    lines += [f"          ln({batch}) = {math.log(batch):.3f} is the loss of knowing nothing"]
+    warmup = f"{args.warmup:g} of {args.epochs} epochs warm-up"
+    lines += [f"rate      {args.lr:g}, {warmup}; weight decay {args.wd:g}"]
+    red, ill = (int(rho * batch) / batch for rho in (args.rho_red, args.rho_ill))
+    marked = f"{red:.1%} redundant + {ill:.1%} ill-matched marked per batch: after the warm-up "
+    marked += f"{(red + ill) / 2:.1%} left out per round of 1 + {args.t_cos} epochs"
+    lines += [f"pruning   {marked if red or ill else 'none'}"]
+    if run.val is None:
+        lines += ["checking  nothing: without --val-data no score will say how good the model is"]
+    return "\n".join([*lines, f"writing   {run.out}/log.jsonl, last.pt"])
+
+
+def table(records, args):
+    """What a run ends with: epochs, what SCAN saved, what it found, and how good the model is."""
+    epochs = [r for r in records if r["event"] == "epoch"]
+    lines = [f"{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}"]
+    for r in epochs:
+        loss, kept = math.nan if r["loss"] is None else r["loss"], r["kept"] / r["total"]
+        lines += [f"{r['epoch']:>5}  {r['stage']:<11} {kept:>7.1%} {loss:>8.4f} {r['seconds']:>8.1f}"]
+    lines += ["", savings(epochs, args.batch_size)]
+    rounds = [r["found"] for r in epochs if r.get("found")]
+    if rounds:
+        lines += ["planted faults among the candidates, share found per round (by chance: the share marked)"]
+    for kind in rounds[-1] if rounds else ():
+        recalls, precisions = ([found[kind][k] for found in rounds] for k in ("recall", "precision"))
+        marked, planted = rounds[-1][kind]["marked"], rounds[-1][kind]["planted"]
+        lines += [
+            f"  {kind.replace('_', '-'):<12}{' '.join(f'{r:4.0%}' for r in recalls)}; mean recall "
+            f"{np.mean(recalls):.1%}, precision {np.mean(precisions):.1%} ({marked:.1%} of the data marked, "
+            f"{planted:.1%} planted)"
+        ]
+    return "\n".join(lines + [scores(r) for r in records if r["event"] == "eval"][-1:])
+
+
+def savings(epochs, batch):
+    """Samples and time that pruning saved."""
+    seen, full = epochs[-1]["samples_seen"], len(epochs) * (epochs[0]["kept"] // batch * batch)
+    seconds = sum(r["seconds"] for r in epochs)
+    waiting = sum(r["data_seconds"] for r in epochs) / seconds
+    if all(r["stage"] != "mutation" for r in epochs):
+        return (
+            f"samples seen {seen:,}: none left out\ntraining {seconds:,.0f} s, {waiting:.0%} waiting for data"
+        )
+    pace = np.median([r["seconds"] / r["samples"] for r in epochs if r["stage"] != "mutation"])
+    return (
+        f"samples seen {seen:,} of {full:,}: {1 - seen / full:.1%} saved\n"
+        f"training {seconds:,.0f} s; all epochs at the pace of the full ones {pace * full:,.0f} s: "
+        f"{1 - seconds / (pace * full):.1%} saved, {waiting:.0%} waiting for data"
+    )
+
+
+def found(scan, truth):
+    """How well the newest candidates match planted faults: precision, recall, and both shares."""
+    result = {}
+    for kind, planted in truth.items():
+        marked, planted = getattr(scan, kind).cpu(), torch.from_numpy(planted)
+        hits = int((marked & planted).sum())
+        result[kind] = {
+            "precision": round(hits / max(int(marked.sum()), 1), 4),
+            "recall": round(hits / max(int(planted.sum()), 1), 4),
+            "marked": round(marked.double().mean().item(), 4),
+            "planted": round(planted.double().mean().item(), 4),
+        }
+    return result
+
+
+def scores(result):
+    shares = {k: v for k, v in result.items() if isinstance(v, float)}
+    text = "  ".join(f"{k} {v:.2%}" for k, v in shares.items())
+    return f"{result.get('protocol', '')}  {text}  n {result['n']:,}".strip()
+
+
+def claim(out, patience=60):
+    """Keep other runs from writing to this folder -> a lock, held until the process ends or lets go of it.
+
+    Ranks whose torchrun was killed need some seconds to notice: so wait for them.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    try:
+        import fcntl
+    except ImportError:  # Windows: nobody is kept away
+        return lock
+    for _ in range(patience):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except (BlockingIOError, PermissionError):
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return lock
+    raise UserError(f"--out {out}: another run is writing to it")
+
+
+def write_whole(path, write):
+    """A file is replaced at once or not at all."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        new.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); what was saved before is intact") from None
+
+
+def save_checkpoint(out, checkpoint):
+    """As last.pt; the one before it stays as prev.pt."""
+    write_whole(out / "next.pt", lambda file: torch.save(checkpoint, file))
+    if (out / "last.pt").exists():
+        os.replace(out / "last.pt", out / "prev.pt")
+    os.replace(out / "next.pt", out / "last.pt")
+
+
+def newest_checkpoint(out, say):
+    """-> the newest whole checkpoint of a folder and its path, or None twice."""
+    damaged = []
+    for path in (out / "last.pt", out / "prev.pt"):
+        if path.exists():
+            try:
+                checkpoint = evaluation.load_checkpoint(path)
+            except UserError:
+                damaged.append(str(path))
+                continue
+            if damaged:
+                say(f"{damaged[0]} is damaged: going on from {path}")
+            return checkpoint, path
+    if damaged:
+        raise UserError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
+    return None, None
+
+
+class Signals:
+    """SIGTERM or Ctrl-C on any rank, agreed upon by all at the same step."""
+
+    def __init__(self, world):
+        self.asked = False
+        self.group = dist.new_group(backend="gloo", timeout=evaluation.TIMEOUT) if world > 1 else None
+        self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+
+    def agreed(self, looking=False):
+        """-> whether any rank is looking at something, and whether any was asked to stop."""
+        if self.agent not in (None, os.getppid()):
+            self.asked = True  # torchrun itself is gone: nobody would end this rank
+        flags = torch.tensor([bool(looking), self.asked], dtype=torch.int32)
+        if self.group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return flags.bool().tolist()
 
 
 def ignore_signals(_):
@@ -865,83 +879,24 @@ def ignore_signals(_):
 
 def end_loading():
     """Python would end the loading processes by SIGTERM, which they ignore, and wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader takes their end for a failure
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or DataLoader takes their end for a failure
     for process in multiprocessing.active_children():
         process.kill()
 
 
-def to_host(tensor):
-    """Start a copy to the host -> (copy, event that says when it is there)."""
-    if tensor.device.type == "cpu":
-        return tensor, None
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return copy, event
-
-
-def refuse_non_finite(suspect, out):
-    epoch, step, ids, (finite, event) = suspect
-    if event is not None:
-        event.synchronize()  # a few steps old: it has long happened
-    if not finite.all():
-        # one bad feature spoils the loss of every row of every rank, through the keys: name its own row
-        bad = union_over_ranks(ids[~finite[:2].all(0)].tolist()) or union_over_ranks(ids[~finite[2]].tolist())
-        raise TrainError(
-            f"loss not finite in epoch {epoch}, step {step}, from samples {bad[:8]}: stopped; "
-            f"{out} holds the checkpoint before it. A lower --lr or --precision fp32 may help"
-        )
-
-
-def refuse_many_bad(ids, dataset, args):
-    """Of a rank's own, in each step, and of all ranks', after each epoch."""
-    if len(ids) > args.max_bad * len(dataset):
-        places = "; ".join(dataset.source.where(i) for i in ids[:3])
-        raise TrainError(
-            f"{len(ids)} samples can't be read, more than --max-bad {args.max_bad:g} of {len(dataset):,}: "
-            f"{places}"
-        )
-
-
-def union_over_ranks(ids):
-    if not dist.is_initialized():
-        return sorted(ids)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, ids)
-    return sorted(set().union(*everyone))
-
-
-def progress_text(args, scan, totals, step, steps, a, b):
-    pace = totals["seconds"] / max(totals["samples"], 1)  # seconds a sample
-    left = ((steps - step) + (args.epochs - scan.epoch - 1) * steps) * args.batch_size * pace
-    return (
-        f"epoch {scan.epoch}/{args.epochs} {scan.stage}  step {step}/{steps}  "
-        f"loss {((a + b) / 2).mean():.3f}  {1 / max(pace, 1e-9):,.0f} samples/s  "
-        f"data {totals['data_seconds'] / max(totals['seconds'], 1e-9):.0%}  left ~{left / 60:.0f} min"
-    )
-
-
-def fail(line):
-    """Rank 0 speaks for all: torchrun then ends the others, unless the failure is theirs alone."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-        line = f"rank {rank}: {line}"
-    print(f"train.py: {line}", file=sys.stderr)
-    sys.exit(1)
-
-
-def main(argv=None):
+def main(argv=None, make_scan=Scan):
     args = parse_args(argv)
+    evaluation.one_line_warnings("train.py")
     try:
-        train(args, *start_ranks(args))
-    except (TrainError, DataError, evaluation.EvalError) as error:
-        fail(str(error).strip().splitlines()[-1])
+        train(args, *evaluation.start_ranks(args.device), make_scan)
+    except UserError as error:
+        evaluation.fail("train.py", str(error).strip().splitlines()[-1])
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        fail(f"lost another rank; the same command goes on from the last checkpoint in {args.out}")
+        line = f"lost another rank; the same command goes on from the last checkpoint in {args.out}"
+        evaluation.fail("train.py", line)
     finally:
         end_loading()
         if dist.is_initialized():
