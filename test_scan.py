@@ -1274,7 +1274,7 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
     (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
     (jpeg(size=(64, 64))[:300], (".txt", b"x"), "Truncated"),
-    (jpeg(size=(64, 64))[:-200], (".txt", b"x"), "truncated"),
+    (encoded(noise(64, 64), "JPEG")[:-200], (".txt", b"x"), "truncated"),
     (jpeg(size=(64, 64))[:-200] + bytes(200), (".txt", b"x"), "ends in zeros"),
     (png("red")[:-30], (".txt", b"x"), ""),
     (bytes(FLIPPED), (".txt", b"x"), "checksum"),
