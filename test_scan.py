@@ -961,7 +961,7 @@ def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monk
     ]
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setattr(data, "_plain_members", None)  # nothing is indexed twice
-    ticks = itertools.count(0, 5)
+    ticks = itertools.chain([0], itertools.repeat(5))  # the first tar took long, the others no time
     monkeypatch.setattr(data.time, "monotonic", lambda: next(ticks))
     assert data.open_source(str(tmp_path / "*.tar")).fingerprint() == second.fingerprint()
     said = capsys.readouterr().err
@@ -987,6 +987,11 @@ def test_plain_tars_are_indexed_as_tarfile_reads_them(tmp_path, form):
     form, mtime, folder, plain = FORMS[form]
     members = [(f"{folder}{k}.{kind}", bytes([k]) * 300 * k) for k in range(5) for kind in ("png", "txt")]
     path = write_tar(tmp_path / "a.tar", members, form, int(mtime) if mtime == 1.6e9 else mtime)
+    with tarfile.open(path, "a", format=form) as tar:
+        for name, kind in (("8.png", tarfile.DIRTYPE), ("9.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0.png"
+            tar.addfile(info)
     with open(path, "rb") as file:
         found = list(data._members(file))
         file.seek(0)
@@ -998,6 +1003,11 @@ def test_plain_tars_are_indexed_as_tarfile_reads_them(tmp_path, form):
                 list(data._plain_members(file.fileno()))
     source = data.open_source(path)
     assert [source._read(i, part) for i in range(5) for part in (0, 1)] == [content for _, content in members]
+
+
+def times(record):
+    """A PAX header with one record for the next member."""
+    return header("x", len(record), type=b"x") + record + bytes(512 - len(record))
 
 
 def header(name, size, **fields):
@@ -1034,6 +1044,35 @@ def test_bad_tars_are_refused_in_one_line(tmp_path, content, message):
     with pytest.raises(data.UserError, match=message) as error:
         data.open_source(str(tmp_path / "bad.tar"))
     assert "\n" not in str(error.value) and "bad.tar" in str(error.value)
+
+
+@pytest.mark.parametrize("unusual", [
+    header("b/", 0, type=b"\0") + header("b.txt", 3) + b"red" + bytes(509),  # a folder, in very old tars
+    header("b.png", 3, type=b"7") + b"red" + bytes(509),  # "contiguous": a file
+    header("b.png", 0, type=b"1", linkname="a.png"),
+    times(b"11 mtime=1\n") + header("b.png", 0), times(b"12 mtime=1\n") + header("b.png", 0),
+    times(b"11 mtime=1\n"), times(b"14 path=b.png\n") + header("c.txt", 3) + b"red" + bytes(509),
+    times(b"11 mtime=1\n" + bytes(4) + b"14 path=b.png\n") + header("c.txt", 0),
+    header("b.png", 3)[:148] + b"00012\0 \0" + header("b.png", 3)[156:] + b"red" + bytes(509),
+], ids=bytes_in)  # fmt: skip
+def test_unusual_headers_are_read_as_tarfile_does_or_refused(tmp_path, unusual):
+    (tmp_path / "a.tar").write_bytes(unusual + GOOD)
+    with open(tmp_path / "a.tar", "rb") as file:
+        try:
+            expected = list(data._members(file))
+        except (tarfile.TarError, ValueError):
+            expected = None
+        try:
+            assert list(data._plain_members(file.fileno())) == expected
+        except ValueError:
+            pass  # left to tarfile
+
+
+@pytest.mark.parametrize("end", [times(b"11 mtime=1\n") + bytes(1024), times(b"11 mtime=1\n")])
+def test_a_tar_that_ends_before_a_member_is_refused(tmp_path, end):
+    (tmp_path / "a.tar").write_bytes(GOOD[:-1024] + end)
+    with pytest.raises(data.UserError, match="not a whole tar"):
+        data.open_source(str(tmp_path / "a.tar"))
 
 
 def test_members_that_are_no_files_are_passed_over(tmp_path):
