@@ -123,10 +123,9 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
                 tokenizer = _tokenizer(path, checkpoint["tokenizer"] if ours else None, vocab)
             size = tokenizer.vocab_size if text else len(_weights(checkpoint)["token_embedding.weight"])
             model = clip_model.create(arch, image_size, size, quick_gelu=quick_gelu)
-    except KeyError:
-        raise UserError(f"{path}: its weights do not fit {arch} (no token_embedding.weight)") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    except (KeyError, ValueError) as error:
+        reason = f"its weights do not fit {arch} (no {error})" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: {reason}") from None
     _fit(model, checkpoint, path)
     return model.eval(), tokenizer
 
@@ -143,9 +142,8 @@ def load_weights(model, path):
 
 def _weights(checkpoint):
     """The state dict in a checkpoint, by its names in one process."""
-    weights = next(
-        (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
-    )
+    weights = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    weights = weights if isinstance(weights, dict) else {}
     return {str(name).removeprefix("module."): weight for name, weight in weights.items()}
 
 
@@ -188,33 +186,18 @@ def encoder(model):
 
 
 @torch.no_grad()
-def image_features(
-    model,
-    source,
-    device,
-    *,
-    encode=None,
-    ids=None,
-    crop=None,
-    interpolation=InterpolationMode.BICUBIC,
-    batch_size=256,
-    workers=0,
-):
+def image_features(model, source, device, *, encode=None, ids=None, look=None, batch_size=256, workers=0):
     """(len(ids), d) float32 features of a source's pictures (ids: all), on the CPU; ranks share the work.
 
-    crop: share of the shorter side that is kept, if not the model's own.
+    look: crop and interpolation of `data.eval_transform`, if not the model's crop, bicubic.
     """
     encode = encode or encoder(model)
     rank, world = _ranks()
     ids = range(len(source)) if ids is None else ids
-    transform = data.eval_transform(model.image_size, crop or model.eval_crop, interpolation=interpolation)
-    loader = DataLoader(
-        data.Pictures(source, transform),
-        batch_size,
-        sampler=ids[rank::world],
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-    )
+    look = look or dict(crop=model.eval_crop, interpolation=InterpolationMode.BICUBIC)
+    pictures = data.Pictures(source, data.eval_transform(model.image_size, **look))
+    options = dict(num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(pictures, batch_size, sampler=ids[rank::world], **options)
     parts = []
     for _, images in loader:
         parts.append(encode(model.normalize(images.to(device, non_blocking=True))).float())
@@ -496,9 +479,8 @@ def make_optimizer(classifier, protocol, lr, wd):
     if protocol == "sgd":
         return torch.optim.SGD([p for _, p in trained], lr, momentum=0.9, weight_decay=wd)
     decay, others = ([p for name, p in trained if decays(name, p) == which] for which in (True, False))
-    return torch.optim.AdamW(
-        [{"params": decay, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}], lr
-    )
+    groups = [{"params": decay, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr)
 
 
 def learning_rate(protocol, step, per_epoch, epochs, lr):
@@ -676,12 +658,12 @@ def run_coreset(args):
     return {"out": args.out, "kept": len(kept), "prune": args.prune, "overlap": overlap}
 
 
-def find_suspects(checkpoint, source, most):
-    """[(id, kind, rounds marked, mean quantile of the loss)] of a run: ill-matched first, the worst first.
+def find_suspects(state, most):
+    """`Scan.state_dict()` -> [(id, kind, rounds marked, mean quantile of the loss)], ill-matched first.
 
-    most: how many of each kind at most. Of a sample that was marked as both, the kind that it was more often.
+    Each kind from the most extreme quantile on, at most `most`. A sample is of the kind that it was marked as
+    more often.
     """
-    state = checkpoint["scan"]
     quantile, ill = state["quantile"].float(), state["ill_counts"].int()
     redundant = state["counts"].int() - ill
     rows = []
@@ -709,27 +691,32 @@ def run_suspects(args):
         raise UserError(
             f"{spec}: not the data that {args.checkpoint} was trained on; say where they are: --data"
         )
-    suspects = find_suspects(checkpoint, source, int(args.share * len(source)))
+    suspects = find_suspects(scan, int(args.share * len(source)))
+
+    def caption(i):
+        try:
+            return dataset.caption(i) if captions else ""
+        except (ValueError, OSError):  # it was never trained on
+            return ""
 
     def write(file):
-        table = csv.writer(
-            io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True)
-        )
+        text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True)
+        table = csv.writer(text)
         table.writerow(["id", "where", "caption", "kind", "marked", "rounds", "quantile"])
         for i, kind, marked, quantile in suspects:
-            caption = dataset.caption(i) if captions else ""
-            table.writerow([i, source.where(i), caption, kind, marked, scan["rounds"], round(quantile, 4)])
+            row = [i, source.where(i), caption(i), kind, marked, scan["rounds"], round(quantile, 4)]
+            table.writerow(row)
 
     _write(args.out, write)
     ill = [i for i, kind, *_ in suspects if kind == "ill-matched"]
     result = {"out": args.out, "ill_matched": len(ill), "redundant": len(suspects) - len(ill)}
-    if trained["mismatch"]:
-        planted = dataset.truth["ill_matched"]
+    planted = dataset.truth.get("ill_matched")
+    if planted is not None and planted.any():
         for first in (0.05, 0.1, 0.15):
             found = planted[ill[: int(first * len(source))]]
-            precision, recall = found.mean(), found.sum() / planted.sum()
+            precision, recall = float(found.sum() / max(len(found), 1)), float(found.sum() / planted.sum())
             print(f"first {first:4.0%}  precision {precision:6.1%}  recall {recall:6.1%}")
-            result[f"first_{first:g}"] = {"precision": float(precision), "recall": float(recall)}
+            result[f"first_{first:g}"] = {"precision": precision, "recall": recall}
     return result
 
 
@@ -964,15 +951,14 @@ def _lines(path, flag):
 
 
 def _wnids(args):
-    if getattr(args, "wnids", None) is None:
-        return None
-    return data.Tree(args.wnids).classes if os.path.isdir(args.wnids) else _lines(args.wnids, "--wnids")
+    if args.wnids and os.path.isdir(args.wnids):
+        return data.Tree(args.wnids).classes
+    return _lines(args.wnids, "--wnids") if args.wnids else None
 
 
 def _classnames(args):
-    return (
-        args.classnames if args.classnames in (None, "imagenet") else _lines(args.classnames, "--classnames")
-    )
+    known = args.classnames in (None, "imagenet")
+    return args.classnames if known else _lines(args.classnames, "--classnames")
 
 
 def _templates(args):
@@ -993,9 +979,8 @@ def _write(path, write):
 def run_protocol(args):
     """Any command that looks at pictures -> its dict of shares."""
     text = args.command in ("zeroshot", "retrieval", "finetune")
-    model, tokenizer = load_model(
-        args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu, text
-    )
+    known = dict(arch=args.arch, vocab=args.vocab, image_size=args.image_size, quick_gelu=args.quick_gelu)
+    model, tokenizer = load_model(args.checkpoint, text=text, **known)
     if tokenizer is None and args.command in ("zeroshot", "retrieval"):
         raise UserError(f"{args.command} needs captions, which {model.arch} never learnt: use knn or linear")
     if args.command in ("knn", "linear", "finetune") and args.val_data is None:
@@ -1052,13 +1037,14 @@ def train_and_classify(args, model, tokenizer, train, test, others, device):
     if out and _ranks()[0] == 0:
         state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
         _write(out, lambda file: torch.save(state, file))
-    look = LINCLS_LOOK if frozen else {}
-    scores = {
-        spec: classify(classifier, images, train.classes, device, workers=args.workers, **look)
-        for spec, images in {"": test, **others}.items()
-    }
-    result = {"protocol": protocol} | scores.pop("")
-    return result | ({"test": scores} if scores else {})
+    loading = dict(workers=args.workers, look=LINCLS_LOOK if frozen else None)
+    result = {"protocol": protocol} | classify(classifier, test, train.classes, device, **loading)
+    if others:
+        tests = others.items()
+        result["test"] = {
+            k: classify(classifier, images, train.classes, device, **loading) for k, images in tests
+        }
+    return result
 
 
 def _print_scores(result, indent="  "):

@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
@@ -1218,7 +1219,7 @@ def test_shapes_with_a_long_tail():
 WORDS = clip_model.HashedWords()
 
 
-def test_augmentation_depends_on_seed_epoch_and_id_alone():
+def test_two_views_differ_and_repeat():
     def crops(**options):
         return (
             data.Pairs(data.Shapes(8), WORDS, 32, **options),
@@ -1317,7 +1318,7 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (b"GIF89a" + bytes(20), (".txt", b"x"), ""),
     (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
     (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
-    (jpeg(size=(64, 64))[:300], (".txt", b"x"), "Truncated"),
+    (jpeg(size=(64, 64))[:300], (".txt", b"x"), ""),
     (encoded(noise(64, 64), "JPEG")[:-200], (".txt", b"x"), "truncated"),
     (jpeg(size=(64, 64))[:-200] + bytes(200), (".txt", b"x"), "ends in zeros"),
     (png("red")[:-30], (".txt", b"x"), ""),
@@ -1663,15 +1664,16 @@ def test_evaluation_crops_are_those_of_the_protocols(monkeypatch):
         return images.flatten(1)
 
     bicubic, bilinear = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.BILINEAR
-    imagenet, openai = (moco.create("moco_vit_tiny", 224), clip_model.create("vit_tiny", 224))
-    for model, look, edge, how, mean, std in (
-        (openai, {}, 224, bicubic, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        (imagenet, {}, 256, bicubic, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        (imagenet, evaluation.LINCLS_LOOK, 256, bilinear, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        (openai, evaluation.LINCLS_LOOK, 256, bilinear, (0.48145466, 0.4578275, 0.40821073),
-         (0.26862954, 0.26130258, 0.27577711)),
-    ):  # fmt: skip
-        evaluation.image_features(model, Source(), CPU, encode=features, **look)
+    imagenet, openai = moco.create("moco_vit_tiny", 224), clip_model.create("vit_tiny", 224)
+    theirs = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    others = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for model, look, edge, how, (mean, std) in (
+        (openai, None, 224, bicubic, others),
+        (imagenet, None, 256, bicubic, theirs),
+        (imagenet, evaluation.LINCLS_LOOK, 256, bilinear, theirs),
+        (openai, evaluation.LINCLS_LOOK, 256, bilinear, others),
+    ):
+        evaluation.image_features(model, Source(), CPU, encode=features, look=look)
         classic = [transforms.Resize(edge, how), transforms.CenterCrop(224), transforms.ToTensor()]
         expected = transforms.Compose([*classic, transforms.Normalize(mean, std)])(picture)
         torch.testing.assert_close(seen.pop()[0], expected, rtol=0, atol=1e-6)
@@ -1886,9 +1888,8 @@ def test_several_captions_of_an_image(tmp_path):
     source, model, words = data.open_source(str(tmp_path / "a.csv")), Toy(), clip_model.HashedWords()
     for word, k in (("two", 2), ("deux", 2), ("nil", 0), ("one", 1)):
         model.words[int(words(word)[1])] = model.rows[k]
-    model.words[int(words("null")[1])] = F.normalize(model.rows[1], dim=0) + 0.1 * unit(
-        model.rows[2]
-    )  # wrong
+    one, two = F.normalize(model.rows[1:3], dim=-1)
+    model.words[int(words("null")[1])] = one + two / 9  # wrong
     result = evaluation.retrieval(model, words, source, CPU)
     assert result["n"] == 3 and result["i2t_r1"] == 1.0
     assert result["t2i_r1"] == pytest.approx(4 / 5) and result["t2i_r5"] == 1.0
@@ -2029,6 +2030,15 @@ def test_weight_decay_is_for_the_matrices_that_the_recipes_name():
     assert group["momentum"] == 0.9 and group["params"] == [probe.head.weight, probe.head.bias]
 
 
+def test_a_frozen_tower_keeps_its_batch_statistics():
+    with torch.device("meta"):
+        model = clip_model.create("rn50", 32)
+    for frozen in (True, False):
+        classifier = evaluation.Classifier(model, 3, frozen)
+        assert classifier.train().training and model.visual.bn1.training is not frozen
+        assert not classifier.eval().training and not model.visual.bn1.training
+
+
 @pytest.mark.parametrize("protocol", ["sgd", "wise-ft", "deit"])
 def test_training_a_classifier_equals_a_loop_by_hand(protocol, monkeypatch, capsys):
     fixed = v2.Compose([v2.Resize((16, 16)), v2.PILToTensor()])
@@ -2110,7 +2120,7 @@ def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, cap
     def train_classifier(classifier, train, protocol, device, **settings):
         calls.append((classifier, protocol, settings))
 
-    def classify(classifier, source, folders, device, workers, **look):
+    def classify(classifier, source, folders, device, workers, look):
         looks.append(look)
         return {"top1": 0.5, "n": 8}
 
@@ -2132,7 +2142,7 @@ def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, cap
         classifier, used, settings = calls.pop()
         assert used == protocol == result["protocol"] and result["n"] == 8
         assert {k: settings[k] for k in expected} == pytest.approx(expected), flags
-        look = dict(crop=0.875, interpolation=bilinear) if command == "linear" else {}
+        look = dict(crop=0.875, interpolation=bilinear) if command == "linear" else None
         assert looks.pop() == look and classifier.frozen == (command == "linear")
     model, words = evaluation.load_model(checkpoints["clip"])
     evaluated(capsys, "finetune", "--checkpoint", checkpoints["clip"], "--data", root, "--val-data", root)
@@ -2344,6 +2354,7 @@ def test_warnings_are_one_line_on_stderr(scanned, tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().err == "eval.py: two runs share seed 0\n"
     monkeypatch.setenv("RANK", "1")
     evaluation.main(command)
+    coreset_that_warns(None, None)
     said = capsys.readouterr()
     assert said.err == said.out == ""  # rank 0 does it, and says it
 
@@ -2599,6 +2610,706 @@ def refusal(capsys, *args, code=1):
     return said
 
 
+def pairs(source, size=16, seed=0, **options):
+    """CLIP's dataset."""
+    return data.Pairs(source, WORDS, size, seed=seed, **options)
+
+
+def views(source, size=16, seed=0, **options):
+    """MoCo's dataset."""
+    return data.Views(source, size, moco.draw_views, seed=seed, **options)
+
+
+def sampled(scan, batch, epoch, rank=0, world=1):
+    """The batches (lists of ids) that a rank gets; scan's epoch has begun."""
+    sampler = ScanSampler(scan, batch, rank, world)
+    sampler.set_epoch(epoch)
+    return [list(map(int, ids)) for ids in sampler]
+
+
+def flat(batch):
+    """The tensors of a batch, however it is nested."""
+    if torch.is_tensor(batch):
+        return [batch]
+    return [x for part in batch for x in flat(part)] if isinstance(batch, (tuple, list)) else []
+
+
+@pytest.fixture
+def loaded(monkeypatch, small):
+    """-> list that fills with the training batches of every loader: (ids, uint8 images, tokens or drawn)."""
+    batches, real = [], DataLoader.__iter__
+
+    def recording(self):
+        for batch in real(self):
+            tensors = flat(batch)
+            others = [x for x in tensors if x.dtype != torch.uint8 and x.ndim > 1]
+            if others:  # batches of evaluations hold ids and images alone
+                images = next(x for x in tensors if x.dtype == torch.uint8)
+                ids = next(x for x in tensors if x.dtype == torch.int64 and x.ndim == 1)
+                batches.append((ids.clone(), images.clone(), others[0].clone()))
+            yield batch
+
+    monkeypatch.setattr(DataLoader, "__iter__", recording)
+    return batches
+
+
+RUN = "--workers 0 --device cpu --precision fp32 --compile off --eval-every 0 --warmup-threshold 9"
+RUN += " --data shapes:80 --val-data shapes:8 --batch-size 16"
+
+
+def trained(out, flags):
+    """Train in this process -> (last.pt, records of the epochs)."""
+    train.main([*RUN.split(), *flags.split(), "--out", str(out)])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    return checkpoint, [record for record in log if record["event"] == "epoch"]
+
+
+def marked(state, kind):
+    return set(state[kind][: state["num_samples"]].nonzero().flatten().tolist())
+
+
+# ---------------------------------------------------------------- train.py: the recipes, by hand
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MOCO_MEAN, MOCO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def channels(values):
+    return torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+
+
+def rate_by_hand(peak, warmup, epochs, now):
+    """now: fractional epoch. Linear from 0, then half a cosine to 0."""
+    if now < warmup:
+        return peak * now / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (now - warmup) / (epochs - warmup)))
+
+
+def fractional_epochs(log, batch=16):
+    """Of each step: (epoch, epoch + step / steps of that epoch)."""
+    for record in log:
+        steps = record["kept"] // batch
+        yield from ((record["epoch"], record["epoch"] + step / steps) for step in range(steps))
+
+
+def clip_by_hand(arch, size, seed, batches, log, lr, wd, warmup, start=None):
+    """Plain torch on the pixels and tokens of train.py's loader -> model, [(epoch, ids, a, b)], optimizer."""
+    torch.manual_seed(seed)
+    model = clip_model.create(arch, size)
+    if start is not None:
+        model.logit_scale.data.fill_(start)
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "bias" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim < 2 or "bias" in n]
+    betas, eps = {"vit_tiny": ((0.9, 0.98), 1e-6), "rn50": ((0.9, 0.999), 1e-8)}[arch]
+    groups = [{"params": decay, "weight_decay": wd}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr, betas, eps)
+    losses = []
+    for (epoch, now), (ids, pixels, tokens) in zip(fractional_epochs(log), batches, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_by_hand(lr, warmup, len(log), now)
+        images = ((pixels.double() / 255 - channels(CLIP_MEAN)) / channels(CLIP_STD)).float()
+        image, text = model.encode_image(images), model.encode_text(tokens)
+        image, text = image / image.norm(dim=1, keepdim=True), text / text.norm(dim=1, keepdim=True)
+        logits = model.logit_scale.exp() * image @ text.T
+        a = logits.logsumexp(1) - logits.diagonal()  # -log of the softmax at the own text
+        b = logits.logsumexp(0) - logits.diagonal()
+        optimizer.zero_grad()
+        ((a.mean() + b.mean()) / 2).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.copy_(min(max(model.logit_scale.item(), 0.0), math.log(100)))
+        losses.append((epoch, ids, a.detach(), b.detach()))
+    return model, losses, optimizer
+
+
+def moco_by_hand(size, seed, batches, seen, log, lr, wd, warmup):
+    """As clip_by_hand; `seen`: the normalised views that train.py's model was given."""
+    torch.manual_seed(seed)
+    model = moco.create("moco_vit_tiny", size)
+    base, moving, predictor = model.base_encoder, model.momentum_encoder, model.predictor
+    fixed = ("patch_embed", "pos_embed")
+    learnt = [p for n, p in base.named_parameters() if not n.startswith(fixed)] + [*predictor.parameters()]
+    optimizer = torch.optim.AdamW(learnt, lr, (0.9, 0.999), 1e-8, weight_decay=wd)
+    losses = []
+    for (epoch, now), (ids, _, _), both in zip(fractional_epochs(log), batches, seen, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_by_hand(lr, warmup, len(log), now)
+        m = 1 - 0.01 * 0.5 * (1 + math.cos(math.pi * now / len(log)))
+        with torch.no_grad():
+            for theirs, ours in zip(moving.parameters(), base.parameters(), strict=True):
+                theirs.copy_(m * theirs + (1 - m) * ours)
+        q1, q2 = [predictor(base(view)) for view in both]
+        with torch.no_grad():
+            k1, k2 = [moving(view) for view in both]
+        q1, q2, k1, k2 = (x / x.norm(dim=1, keepdim=True) for x in (q1, q2, k1, k2))
+        one, other = q1 @ k2.T / 0.2, q2 @ k1.T / 0.2
+        a, b = (logits.logsumexp(1) - logits.diagonal() for logits in (one, other))
+        optimizer.zero_grad()
+        (2 * 0.2 * (a.mean() + b.mean())).backward()
+        optimizer.step()
+        losses.append((epoch, ids, a.detach(), b.detach()))
+    return model, losses, optimizer
+
+
+def assert_same_gradients(state, optimizer):
+    """Adam divides by the size of the gradients: only its state tells by what a loss was multiplied."""
+    mine, theirs = optimizer.state_dict()["state"].values(), state["state"].values()
+    for name in ("step", "exp_avg_sq"):  # of each tensor; in whatever order the groups hold them
+        sizes, expected = (sorted(x[name].double().sum().item() for x in group) for group in (theirs, mine))
+        assert sizes == pytest.approx(expected, rel=1e-2, abs=1e-12), name
+
+
+def assert_same_weights(model, state, start, tolerance):
+    """Equal but for rounding: the error of each tensor as a share of the way it went from the start."""
+    expected = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        value, other, first = (x.double().clone() for x in (value, expected[name], start[name]))
+        # These have no gradient but rounding, which Adam blows up: softmax is blind to the keys' bias, and
+        # batch norm to what is added before it.
+        blind = slice(0)
+        if name.endswith(("in_proj_bias", "qkv.bias")):
+            blind = slice(len(value) // 3, 2 * len(value) // 3)
+        if name.endswith(("k_proj.bias", "encoder.norm.bias")):
+            blind = slice(None)
+        if value.ndim:
+            value[blind] = other[blind] = first[blind] = 0
+        error, way = (value - other).norm(), (other - first).norm()
+        rounding = 3e-7 * other.norm() + 1e-7
+        assert error <= tolerance * way + rounding, f"{name}: {error:.2e} of {way:.2e}"
+
+
+def assert_scan_saw(losses, checkpoint, log, rho):
+    """The losses of the log, the candidates and what was left out follow from the losses by hand."""
+    for record in log:
+        mean = [((a + b) / 2).double() for epoch, _, a, b in losses if epoch == record["epoch"]]
+        assert record["loss"] == pytest.approx(torch.cat(mean).mean().item(), abs=2e-4)
+    assert [r["stage"] for r in log] == ["warm-up"] * 2 + ["preparation"] + ["mutation"] * 3
+    state, n = checkpoint["scan"], int(rho * 16)
+    for kind, sign in (("redundant", 1), ("ill_matched", -1)):
+        candidates = marked(state, kind)
+        for epoch, ids, a, b in losses:
+            if epoch == 2:
+                chosen = [set(ids[(sign * x).argsort()[:n]].tolist()) for x in (a, b)]
+                mine = candidates & set(ids.tolist())
+                assert chosen[0] & chosen[1] <= mine <= chosen[0] | chosen[1] and len(mine) == n
+    candidates = marked(state, "redundant") | marked(state, "ill_matched")
+    for record, share in zip(log, (0, 0, 0, 0.25, 0.75, 1), strict=True):
+        assert record["kept"] == 80 - int(share * len(candidates))
+        used = {int(i) for epoch, ids, _, _ in losses if epoch == record["epoch"] for i in ids}
+        assert len(used) == record["kept"] // 16 * 16 == record["samples"]
+        assert len(candidates - used) >= int(share * len(candidates))
+
+
+TOLERANCE = {"vit_tiny": 1e-4, "rn50": 1e-2, "moco_vit_tiny": 1e-2}  # of batch norm: it spreads rounding
+WEIGHTS = "--epochs 6 --lr 1e-4 --wd 0.3 --warmup 1.5 --seed 3 --image-size"
+
+
+@pytest.mark.parametrize(
+    "arch, size, scale, flags",
+    [
+        ("vit_tiny", 16, None, ""),
+        ("vit_tiny", 16, 5.0, ""),  # the log of the scale starts above ln 100: the clamp bites
+        ("vit_tiny", 16, -1.0, ""),  # and below 0
+        ("vit_tiny", 16, None, "--accum 2"),
+        ("rn50", 32, None, ""),
+    ],
+)
+def test_clip_trains_as_a_loop_by_hand(arch, size, scale, flags, loaded, tmp_path, monkeypatch):
+    create = clip_model.create
+
+    def starting_elsewhere(*args, **options):
+        model = create(*args, **options)
+        if scale is not None:
+            model.logit_scale.data.fill_(scale)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_model, "create", starting_elsewhere)
+        checkpoint, log = trained(tmp_path, f"--arch {arch} {WEIGHTS} {size} --prune 0.3 {flags}")
+    model, losses, optimizer = clip_by_hand(
+        arch, size, 3, loaded, log, lr=1e-4, wd=0.3, warmup=1.5, start=scale
+    )
+    torch.manual_seed(3)
+    start = create(arch, size).state_dict()
+    assert start["logit_scale"].item() == pytest.approx(math.log(1 / 0.07))
+    assert_same_weights(model, checkpoint["model"], start, TOLERANCE[arch])
+    assert_same_gradients(checkpoint["optimizer"], optimizer)
+    assert_scan_saw(losses, checkpoint, log, 0.3)
+    source, captioned = data.Shapes(80, size), [1 + zlib.crc32(word) % 49405 for word in (b"a", b"on")]
+    for ids, _, tokens in loaded[:2]:
+        for i, row in zip(ids.tolist(), tokens.tolist(), strict=True):
+            words = source.caption(i).split()
+            assert row[0] == 49406 and row[1] == captioned[0] and row[len(words) + 1] == 49407
+            assert row[2 : len(words) + 1] == [1 + zlib.crc32(w.encode()) % 49405 for w in words[1:]]
+            assert not any(row[len(words) + 2 :])
+
+
+def test_moco_trains_as_a_loop_by_hand(loaded, tmp_path, monkeypatch):
+    seen, forward = [], moco.MoCo.forward
+
+    def seeing(self, *both):
+        seen.append([view.detach().clone() for view in both])
+        return forward(self, *both)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moco.MoCo, "forward", seeing)
+        checkpoint, log = trained(tmp_path, f"--arch moco_vit_tiny {WEIGHTS} 32 --prune 0.35")
+    model, losses, optimizer = moco_by_hand(32, 3, loaded, seen, log, lr=1e-4, wd=0.3, warmup=1.5)
+    torch.manual_seed(3)
+    start = moco.create("moco_vit_tiny", 32).state_dict()
+    assert_same_weights(model, checkpoint["model"], start, TOLERANCE["moco_vit_tiny"])
+    assert_same_gradients(checkpoint["optimizer"], optimizer)
+    assert_scan_saw(losses, checkpoint, log, 0.35)
+    pixels = torch.cat([torch.cat(both) for both in seen]) * channels(MOCO_STD) + channels(MOCO_MEAN)
+    # jitter clamps at both ends: with any other mean or deviation the ends were elsewhere
+    assert pixels.amin((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-5)
+    assert pixels.amax((0, 2, 3)).tolist() == pytest.approx([1] * 3, abs=1e-5)
+
+
+# ---------------------------------------------------------------- the models' sizes and first weights
+
+
+@pytest.mark.parametrize(
+    "arch, parameters, heads",
+    [
+        ("vit_b32", 151_277_313, (12, 8)),  # as OpenAI's and open_clip's models of these names
+        ("vit_b16", 149_620_737, (12, 8)),
+        ("vit_s32", 63_085_825, (6, 6)),
+        ("vit_s16", 62_257_537, (6, 6)),
+        ("rn50", 102_007_137, (None, 8)),
+        ("rn101", 119_688_033, (None, 8)),
+        ("moco_vit_s16", None, (12, None)),
+        ("moco_vit_b16", None, (12, None)),
+    ],
+)
+def test_architectures_are_the_papers(arch, parameters, heads):
+    with torch.device("meta"):
+        model = moco.create(arch) if arch.startswith("moco") else clip_model.create(arch)
+    if parameters:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert model.transformer.resblocks[0].attn.heads == heads[1]
+        if heads[0]:
+            assert model.visual.transformer.resblocks[0].attn.heads == heads[0]
+        return
+    base, width = model.base_encoder, {"moco_vit_s16": 384, "moco_vit_b16": 768}[arch]
+    assert len(base.blocks) == 12 and base.blocks[0].attn.heads == heads[0]
+    assert base.patch_embed.proj.weight.shape == (width, 3, 16, 16)
+    heads = [
+        [tuple(x.shape) for x in part.parameters() if x.ndim == 2] for part in (base.head, model.predictor)
+    ]
+    assert heads == [[(4096, width), (4096, 4096), (256, 4096)], [(4096, 256), (256, 4096)]]
+    for part in (base.head, model.predictor):
+        assert part[-1].weight is None and part[1].weight is not None  # the last batch norm is not affine
+        assert not [x for x in part if isinstance(x, torch.nn.Linear) and x.bias is not None]
+
+
+def spread(x):
+    return x.double().std().item()
+
+
+def test_moco_starts_as_published(monkeypatch):
+    sizes = dict(moco.ARCHS["moco_vit_s16"], layers=1, hidden=512)
+    monkeypatch.setitem(moco.ARCHS, "moco_vit_tiny", sizes)
+    torch.manual_seed(0)
+    model = moco.create("moco_vit_tiny", 32)
+    base, block = model.base_encoder, model.base_encoder.blocks[0]
+    bounds = {  # uniform, as Glorot and Bengio's; q, k and v are three matrices
+        block.attn.qkv.weight: 6 / (384 + 384), block.attn.proj.weight: 6 / (384 + 384),
+        block.mlp.fc1.weight: 6 / (5 * 384), block.mlp.fc2.weight: 6 / (5 * 384),
+        base.patch_embed.proj.weight: 6 / (3 * 16 * 16 + 384),
+    }  # fmt: skip
+    for weight, square in bounds.items():
+        assert weight.abs().max().item() == pytest.approx(math.sqrt(square), rel=0.01)
+        assert spread(weight) == pytest.approx(math.sqrt(square / 3), rel=0.02)
+    assert spread(base.cls_token) == pytest.approx(1e-6, rel=0.2)
+    assert not block.attn.qkv.bias.any() and not base.patch_embed.proj.bias.any()
+    moving = dict(model.momentum_encoder.named_parameters())
+    assert all(p.equal(moving[name]) for name, p in base.named_parameters())
+    assert not any(p.requires_grad for p in moving.values())
+    row, column, width = 1, 0, 384  # patches are counted along rows
+    waves = [10_000 ** -(k / 96) for k in range(96)]
+    parts = [f(at * w) for at in (row, column) for f in (math.sin, math.cos) for w in waves]
+    assert base.pos_embed.shape == (1, 5, width)
+    assert base.pos_embed[0, 1 + 2 * row + column].tolist() == pytest.approx(parts, abs=1e-6)
+
+
+def test_swin_has_a_stochastic_depth_of_a_tenth():
+    with torch.device("meta"):
+        model = clip_model.create("swin_b")
+    rates = [x.p for x in model.visual.modules() if type(x).__name__ == "StochasticDepth"]
+    assert rates == pytest.approx([0.1 * k / 23 for k in range(24)])
+    assert model.visual.head.weight.shape == (640, 1024) and model.visual.head.bias is None
+    assert model.transformer.resblocks[0].attn.heads == 10 and len(model.transformer.resblocks) == 12
+
+
+# ---------------------------------------------------------------- train.py: optimizer and defaults
+
+
+@pytest.mark.parametrize("arch", [*clip_model.ARCHS, "moco_vit_s16", "moco_vit_b16", "moco_vit_tiny"])
+def test_optimizer_is_the_papers(arch):
+    args = train.parse_args(["--arch", arch, "--data", "x.tar", "--wd", "0.07"])
+    is_moco = arch.startswith("moco")
+    with torch.device("meta"):  # sizes alone
+        model = moco.create(arch, 32) if is_moco else clip_model.create(arch, 64, vocab_size=50)
+    groups = train.make_optimizer(model, args).param_groups
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    decay = {name_of[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert decay.keys() == trained and set(decay.values()) <= {0, 0.07}
+    if is_moco:
+        assert not [name for name in trained if name.startswith("momentum_encoder.")]
+        expected = trained  # biases and norms too
+    else:  # open_clip's rule: matrices, unless they are biases
+        shapes = {name: p.ndim for name, p in model.named_parameters()}
+        expected = {name for name in trained if shapes[name] > 1 and "bias" not in name}
+        assert "logit_scale" not in expected
+    assert {name for name in trained if decay[name]} == expected
+    betas, eps = ((0.9, 0.98), 1e-6) if arch.startswith("vit") else ((0.9, 0.999), 1e-8)
+    assert all(group["betas"] == betas and group["eps"] == eps for group in groups)
+    assert not any(group.get("amsgrad") or group.get("maximize") for group in groups)
+
+
+CLIP_DEFAULTS = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, crop_min=0.9)
+MOCO_DEFAULTS = dict(epochs=100, batch_size=600, lr=1.5e-4 * 600 / 256, wd=0.1, image_size=224, crop_min=0.08)
+
+
+@pytest.mark.parametrize("arch", ["vit_s32", "vit_s16", "vit_b32", "vit_b16", "rn50", "rn101", "swin_b"])
+def test_defaults_of_clip_are_the_papers(arch):
+    args = vars(train.parse_args(["--arch", arch, "--data", "x.tar"]))
+    expected = CLIP_DEFAULTS | dict(prune=0.3, rho_red=0.3, rho_ill=0.3, t_cos=3, warmup_threshold=0.3)
+    expected |= dict(warmup_rule="stable", mismatch=0, accum=1, seed=0, keep=None)
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("arch, batch", [("moco_vit_s16", 600), ("moco_vit_b16", 370)])
+def test_defaults_of_moco_are_the_papers(arch, batch):
+    args = vars(train.parse_args(["--arch", arch, "--data", "x.tar"]))
+    expected = MOCO_DEFAULTS | dict(batch_size=batch, lr=1.5e-4 * batch / 256, warmup=10, t_cos=3)
+    expected |= dict(prune=0.35, rho_red=0.35, rho_ill=0.35, warmup_threshold=0.3, warmup_rule="stable")
+    assert {name: args[name] for name in expected} == pytest.approx(expected)
+    args = vars(train.parse_args(["--arch", arch, "--data", "x.tar", "--batch-size", "512"]))
+    assert args["lr"] == pytest.approx(3e-4)
+
+
+class Stopped(BaseException):
+    """No handler of train.py catches it."""
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("epochs, warmup", [(40, 2.0), (1_000_000, 5000.0)])
+def test_warm_up_of_the_rate_is_ten_thousand_steps_but_at_most_a_twentieth(
+    epochs, warmup, tmp_path, monkeypatch
+):
+    for name in ("a", "b"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for k in range(16):
+            Image.new("RGB", (16, 16), (k, 99, 0)).save(tmp_path / "tree" / name / f"{k}.png")
+    forward, calls = clip_model.CLIP.forward, []  # an epoch has 2 steps
+
+    def once(self, *inputs):
+        calls.append(0)
+        if len(calls) > 1:
+            raise Stopped
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(clip_model.CLIP, "forward", once)
+    flags = (
+        f"--arch vit_tiny --image-size 16 --epochs {epochs} --prune 0.1 --save-every 1"  # 2 steps an epoch
+    )
+    with pytest.raises(Stopped):
+        trained(tmp_path / "out", f"{flags} --data {tmp_path / 'tree'} --val-data {tmp_path / 'tree'}")
+    checkpoint = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 1 and checkpoint["args"]["warmup"] == pytest.approx(warmup)
+
+
+# ---------------------------------------------------------------- train.py: what every draw depends on
+
+
+def observed_epoch(scan, epoch, a, b, batch):
+    """An epoch in which each id has its own two losses, in batches of ascending ids -> the kept ids."""
+    kept = scan.begin_epoch(epoch)
+    for ids in kept.split(batch):
+        scan.observe(ids, a[ids], b[ids])
+    scan.end_epoch()
+    return kept.tolist()
+
+
+def kept_by(seed, noise=0):
+    """Kept ids of ten epochs; both directions agree, so the candidates are the same for every seed."""
+    torch.manual_seed(noise)  # nothing may depend on the default generator
+    np.random.seed(noise)
+    losses, scan = torch.arange(400.0) + 1, Scan(400, prune=0.3, seed=seed)
+    return [observed_epoch(scan, epoch, losses, losses, 400) for epoch in range(10)]
+
+
+def test_what_is_left_out_depends_on_seed_and_epoch_alone():
+    first, again, other = kept_by(1), kept_by(1, noise=5), kept_by(2)
+    assert first == again
+    assert (
+        [len(ids) for ids in first]
+        == [len(ids) for ids in other]
+        == [400] * 3 + [340, 220, 160] + ([400, 340, 220, 160])
+    )
+    for epoch in (3, 4):
+        assert first[epoch] != other[epoch]  # the seed
+        assert first[epoch] != first[epoch + 4]  # the epoch, with the same candidates again
+        dropped = [set(range(400)) - set(ids) for ids in (first[epoch], other[epoch])]
+        n = len(dropped[0])
+        shared = len(dropped[0] & dropped[1])  # of 240 candidates, by chance n^2 / 240
+        assert abs(shared - n * n / 240) < 5 * math.sqrt(n * (1 - n / 240) ** 2) + 3
+    assert first[5] == other[5]  # all candidates are left out: nothing to draw
+
+
+def topped_up(seed, noise=0):
+    """{(kind, epoch, step): positions in the batch}, of a top-up alone: the directions agree on nothing."""
+    torch.manual_seed(noise)
+    scan, chosen = Scan(300, prune=0.2, seed=seed), {}
+    a, b = torch.arange(100.0).repeat(3) + 1, torch.arange(100.0).flip(0).repeat(3) + 1
+    for epoch in range(7):
+        observed_epoch(scan, epoch, a, b, 100)
+        if scan.stage == "preparation":
+            for kind in ("redundant", "ill_matched"):
+                ids = marked(scan.state_dict(), kind)
+                for step in range(3):
+                    chosen[kind, epoch, step] = {i - 100 * step for i in ids if i // 100 == step}
+    return chosen
+
+
+def test_top_ups_depend_on_seed_epoch_and_step_alone():
+    first, again, other = topped_up(1), topped_up(1, noise=5), topped_up(2)
+    assert first == again and len(first) == 2 * 2 * 3
+    for kind in ("redundant", "ill_matched"):
+        draws = [x[kind, epoch, step] for x in (first, other) for epoch in (2, 6) for step in range(3)]
+        assert all(len(draw) == 20 for draw in draws)
+        assert len({frozenset(draw) for draw in draws}) == len(draws)  # none repeats another
+
+
+def dealt(seed, noise=0, rank=0, world=1, twice=False):
+    """{epoch: batches of a rank} of a run of four full and three mutation epochs."""
+    torch.manual_seed(noise)
+    np.random.seed(noise)
+    losses, scan, batches = torch.rand(160, generator=torch.Generator().manual_seed(0)) + 1, None, {}
+    scan = Scan(160, prune=0.3, seed=seed)
+    for epoch in range(7):
+        batches[epoch] = sampled(scan, 16, epoch, rank, world)
+        if twice:  # frameworks call set_epoch too
+            assert sampled(scan, 16, epoch, rank, world) == batches[epoch]
+        for ids in scan.kept.split(16):
+            scan.observe(ids, losses[ids], losses[ids])
+        scan.end_epoch()
+    return batches
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    """Second edition of ScanSampler: ScanSampler(scan, batch, rank, world)."""
+    first, again, other = dealt(1), dealt(1, noise=5, twice=True), dealt(2)
+    assert first == again
+    assert all(first[epoch] != other[epoch] for epoch in first)
+    full = [sum(first[epoch], []) for epoch in (0, 1, 2, 6)]
+    assert all(sorted(ids) == list(range(160)) for ids in full)
+    assert len({tuple(ids) for ids in full}) == 4 and list(range(160)) not in full
+    assert all(list(sorted(ids)) != ids for ids in first[0])
+    ranks = [dealt(1, rank=rank, world=2) for rank in range(2)]
+    for epoch, batches in first.items():
+        joined = [one + two for one, two in zip(ranks[0][epoch], ranks[1][epoch], strict=True)]
+        assert joined == batches and all(len(ids) == 8 for ids in ranks[0][epoch])
+
+
+class SamePicture:
+    """Any number of samples, all of one picture, which says where a crop was taken: red is x, green is y."""
+
+    truth, classes, labels = {}, None, None
+
+    def __init__(self, n, edge=False):
+        row = torch.arange(256.0).expand(256, 256)
+        pixels = torch.stack([row, row.T, (row + row.T) / 2])
+        if edge:
+            pixels = torch.where(pixels < 128, 60.0, 190.0)
+        pixels = pixels.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+        self.n, self.picture = n, Image.fromarray(pixels)
+
+    def __len__(self):
+        return self.n
+
+    def image(self, i, draft=None):
+        return self.picture
+
+    def caption(self, i):
+        return f"word{i}"
+
+    def where(self, i):
+        return f"id {i}"
+
+    def fingerprint(self):
+        return "x" * 64
+
+
+def augmented(dataset, epoch, ids, noise=0):
+    """What is random in the samples, each as bytes."""
+    torch.manual_seed(noise)
+    np.random.seed(noise)
+    dataset.set_epoch(epoch)
+    items = {i: dataset[i] for i in ids}
+    assert all(int(items[i][0]) == i for i in ids)
+    random = (2,) if dataset.__class__.__name__ == "Pairs" else (2, 3)
+    return {i: tuple(item[k].numpy().tobytes() for k in random) for i, item in items.items()}
+
+
+@pytest.mark.parametrize("dataset", [pairs, views])
+def test_augmentation_depends_on_seed_epoch_and_id_alone(dataset):
+    ids = [0, 1, 7, 8]
+    first = augmented(dataset(SamePicture(9), seed=1), 0, ids)
+    assert first == augmented(dataset(SamePicture(9), seed=1), 0, ids[::-1], noise=5)
+    of_another_seed = augmented(dataset(SamePicture(9), seed=2), 0, ids)
+    of_another_epoch = augmented(dataset(SamePicture(9), seed=1), 1, ids)
+    everything = [*first.values(), *of_another_seed.values(), *of_another_epoch.values()]
+    for parts in zip(*everything, strict=True):  # pixels; for MoCo the drawn numbers too
+        assert len(set(parts)) == 3 * len(ids)
+    state = torch.get_rng_state()
+    dataset(SamePicture(9), seed=1)[3]
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("dataset, smallest", [(pairs, 0.9), (views, 0.08), (pairs, 0.5), (views, 0.3)])
+def test_crops_have_the_areas_of_the_recipe(dataset, smallest):
+    crops = [dataset(SamePicture(150), 64, crop_min=smallest)[i][2].view(-1, 3, 64, 64) for i in range(150)]
+    crops = torch.cat(crops).double()
+    # from the first to the last pixel's centre, which lie 63 of 64 apart
+    width, height = ((crops[:, k].amax((1, 2)) - crops[:, k].amin((1, 2))) / 255 * 64 / 63 for k in (0, 1))
+    area = width * height
+    assert area.min() > smallest - 0.03 and area.max() <= 1.03
+    assert area.min() < smallest + 0.06 and area.max() > 0.93  # uniform in between
+    assert area.mean().item() == pytest.approx((1 + smallest) / 2, abs=0.12)
+    assert (height / width).log().abs().max() < math.log(4 / 3) + 0.1
+
+
+def test_clip_resizes_bicubically_and_moco_bilinearly():
+    """Bicubic resizing overshoots at an edge, bilinear never does."""
+    clip, other = (
+        torch.stack([dataset(SamePicture(20, edge=True), 64)[i][2] for i in range(20)])
+        for dataset in (pairs, views)
+    )
+    assert clip.min() < 58 and clip.max() > 192
+    assert other.min() >= 59 and other.max() <= 191
+
+
+def test_mismatch_is_alike_for_every_seed_and_epoch_and_is_what_the_tokens_say():
+    words, source = WORDS, SamePicture(100)
+    found = []
+    for seed, epoch, share in ((0, 0, 0.2), (1, 3, 0.2), (0, 0, 0.5)):
+        torch.manual_seed(seed + 7)
+        np.random.seed(seed + 7)
+        dataset = pairs(source, seed=seed, mismatch=share)
+        dataset.set_epoch(epoch)
+        owner = {tuple(words(f"word{i}").tolist()): i for i in range(100)}
+        captions = [owner[tuple(dataset[i][3].tolist())] for i in range(100)]
+        moved = [i for i in range(100) if captions[i] != i]
+        assert sorted(captions) == list(range(100)) and len(moved) == int(share * 100)
+        assert dataset.truth["ill_matched"].nonzero()[0].tolist() == moved
+        found.append(captions)
+    assert found[0] == found[1] != found[2]
+    assert not np.any(pairs(source).truth.get("ill_matched", False))
+
+
+SEEDED = "--image-size 32 --epochs 3 --lr 1e-4 --prune 0.3"
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny"])
+def test_every_draw_of_a_run_follows_its_seed(arch, loaded, tmp_path, monkeypatch):
+    """Order, augmentation, weights, SCAN's draws, and what each step's forward pass starts from."""
+    model = moco.MoCo if arch.startswith("moco") else clip_model.CLIP
+    forward, init, runs, scans, starts = model.forward, Scan.__init__, [], [], []
+
+    def noting_start(self, *inputs):
+        starts.append(torch.initial_seed())
+        return forward(self, *inputs)
+
+    def noting_scan(self, *args, **options):
+        init(self, *args, **options)
+        scans.extend([self] * (self.num_samples > 1))
+
+    monkeypatch.setattr(model, "forward", noting_start)
+    monkeypatch.setattr(Scan, "__init__", noting_scan)
+    for k, seed in enumerate((1, 1, 2)):
+        torch.rand(k + 1)  # a run may not depend on what was drawn before it
+        checkpoint, _ = trained(tmp_path / str(k), f"--arch {arch} {SEEDED} --seed {seed}")
+        weights = torch.cat([x.flatten().double() for x in checkpoint["model"].values()])
+        assert scans[0].seed == seed and checkpoint["scan"]["seed"] == seed
+        runs.append((list(loaded), weights, list(starts)))
+        loaded.clear()
+        starts.clear()
+        scans.clear()
+    one, again, other = runs
+    assert one[1].equal(again[1]) and not one[1].equal(other[1])
+    assert one[2] == again[2] and len({*one[2], *other[2]}) == 2 * len(one[2]) == 30  # no two steps alike
+    for (ids, pixels, extra), (same, same_pixels, same_extra) in zip(one[0], again[0], strict=True):
+        assert ids.equal(same) and pixels.equal(same_pixels) and extra.equal(same_extra)
+    assert all(not ids.equal(others[0]) for (ids, *_), others in zip(one[0], other[0], strict=True))
+    orders = [torch.cat([ids for ids, *_ in one[0][start : start + 5]]) for start in (0, 5, 10)]
+    assert all(len(ids.unique()) == 80 for ids in orders) and len({tuple(x.tolist()) for x in orders}) == 3
+    pictures = [
+        {
+            (k // 5, int(i)): image
+            for k, (ids, images, _) in enumerate(run[0])
+            for i, image in zip(ids, images)
+        }
+        for run in (one, other)
+    ]  # by epoch and id
+    differ = [not pictures[0][key].equal(pictures[1][key]) for key in pictures[0]]
+    assert np.mean(differ) > 0.95
+    epochs = [not pictures[0][0, i].equal(pictures[0][1, i]) for i in range(80)]
+    assert np.mean(epochs) > 0.95
+
+
+@pytest.mark.usefixtures("small")
+def test_flags_reach_scan(tmp_path, monkeypatch):
+    init, scans = Scan.__init__, []
+
+    def noting(self, *args, **options):
+        init(self, *args, **options)
+        if self.num_samples > 1:  # flags are checked with one of one sample
+            scans.append(self)
+            raise Stopped
+
+    monkeypatch.setattr(Scan, "__init__", noting)
+    flags = "--arch vit_tiny --image-size 16 --epochs 3 --rho-red 0.25 --rho-ill 0.125 --t-cos 2 --seed 9"
+    with pytest.raises(Stopped):
+        trained(tmp_path, f"{flags} --warmup-threshold 0.4 --warmup-rule printed")
+    names = ("num_samples", "rho_red", "rho_ill", "t_cos", "threshold", "rule", "seed")
+    assert [getattr(scans[0], name) for name in names] == [80, 0.25, 0.125, 2, 0.4, "printed", 9]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("arch, name", [("vit_tiny", "Pairs"), ("moco_vit_tiny", "Views")])
+def test_flags_reach_the_dataset(arch, name, tmp_path, monkeypatch):
+    def noting(self, source, *args, **options):
+        assert len(source) == 80 and source.image(0).size == (64, 64) and 64 in args
+        assert options["crop_min"] == 0.37 and options["seed"] == 9
+        assert options.get("mismatch") == (0.25 if name == "Pairs" else None)
+        raise Stopped
+
+    monkeypatch.setattr(getattr(data, name), "__init__", noting)
+    flags = f"--arch {arch} --image-size 64 --epochs 3 --crop-min 0.37 --seed 9"
+    mismatch = "--mismatch 0.25" if name == "Pairs" else ""
+    with pytest.raises(Stopped):
+        trained(tmp_path, f"{flags} {mismatch}")
+
+
+def test_warm_up_ends_by_the_drop_as_a_share_of_the_epoch_before():
+    for before in (4.0, 40.0):
+        assert warmed_up(before, 0.71 * before) and not warmed_up(before, 0.69 * before)
+        assert warmed_up(before, 0.79 * before, threshold=0.22)
+        assert not warmed_up(before, 0.77 * before, threshold=0.22)
+        assert warmed_up(before, 0.69 * before, rule="printed")
+        assert not warmed_up(before, 0.71 * before, rule="printed")
+        assert warmed_up(before, 1.5 * before)  # a rise is stable too
+
+
+# ---------------------------------------------------------------- train.py: flags, and what is said
+
+
 def test_two_pass_accumulation_equals_one_pass():
     images = torch.randn(8, 3, 32, 32, generator=generator())
     tokens = torch.randint(1, 49, (8, 5), generator=generator())
@@ -2748,13 +3459,14 @@ def test_bad_arguments_exit_2_in_one_line(capsys, monkeypatch):
     assert known == set(BAD_VALUES) | {"-h", "--help"}
 
 
-def test_help_of_train_shows_every_default(capsys):
+def test_help_of_train_shows_every_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     said = capsys.readouterr().out
     for flag in BAD_VALUES.keys() - {"--keep", "--init", "--vocab", "--label-key", "--val-data"}:
         text = re.search(rf"^  {flag} .*?(?=^  --|\Z)", said, re.M | re.S)[0]
-        assert "(" in text or "default" in text or "auto" in text, text
+        assert "default: " in text, text
 
 
 def test_only_the_built_in_data_are_shapes():
@@ -2837,13 +3549,13 @@ def assert_same_run(one, other, epochs=9):
 MOMENTS = """save_checkpoint 1 before, save_checkpoint 1 after, forward 5 before, log 1 before, log 1 after,
 evaluate 1 before, evaluate 1 after, fsync 3 before, end_epoch 1 before, end_epoch 1 after,
 _begin 2 after, forward 4 after, _begin 2 after, replace 4 after, log 2 after,
-replace 5 before, replace 6 after, forward 7 after, evaluate 1 after, evaluate 1 before,
-forward 2 before, replace 5 after, log 4 after, evaluate 1 after, print_table 1 before"""
+replace 5 before, replace 6 after, forward 3 after, evaluate 1 after, evaluate 1 before,
+forward 2 before, log 1 after, evaluate 1 after, print_table 1 before"""
 OWNER = {"fsync": os, "replace": os, "_begin": Scan, "end_epoch": Scan}
 OWNER |= {"log": train.Run, "print_table": train.Run}
 
 
-@pytest.mark.parametrize("save_every", [1, 3])
+@pytest.mark.parametrize("save_every", [1, 2])
 @pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny", "rn50"])
 def test_killed_at_any_moment_the_run_goes_on_exactly(small, tmp_path, monkeypatch, arch, save_every):
     """In all stages, around the epoch's end, in evaluations, and while a checkpoint or the log is written."""
@@ -2916,11 +3628,11 @@ def test_no_checkpoint_holds_what_is_not_finite(small, tmp_path, monkeypatch, ca
         if len(calls) == 7 and spoilt == "picture":
             inputs[0][3, 0, 0, 0] = math.nan
         a, b, backward = forward(model, losses, inputs, *args)
-        if len(calls) == 8 and spoilt == "buffer":  # of the epoch's last step: no loss ever tells
-            next(model.buffers()).view(-1)[0] = math.inf
 
         def spoilt_backward():
             backward()
+            if len(calls) == 8 and spoilt == "buffer":  # of the epoch's last step: no loss ever tells
+                model.visual.bn1.running_mean[0] = math.inf
             if len(calls) == 7 and spoilt == "gradient":
                 next(model.parameters()).grad.view(-1)[0] = math.nan
 
@@ -3055,14 +3767,14 @@ def test_bad_samples_are_logged_with_their_cause_and_too_many_end_the_run(small,
     for i in range(40):
         members += [(f"{i}.png", png((i, 99, 0)) if i != 7 else b"no"), (f"{i}.txt", b"word%d" % i)]
     tar = write_tar(tmp_path / "a.tar", members)
-    flags = f"--data {tar} --batch-size 10 --prune 0.1 --epochs 1 --val-data {tar}"
+    flags = f"--data {tar} --batch-size 10 --prune 0.1 --epochs 1"
     small("vit_tiny", tmp_path / "out", flags + " --max-bad 0.03")
     [bad] = records(tmp_path / "out", "epoch")[0]["bad"]
-    assert "a.tar" in bad and "identify" in bad  # what Pillow says of it
+    assert "a.tar" in bad and "no picture" in bad
     with pytest.raises(SystemExit):
         small("vit_tiny", tmp_path / "other", flags + " --max-bad 0.02")
     said = capsys.readouterr().err
-    assert "1 samples can't be read, more than --max-bad 0.02" in said and "identify" in said
+    assert "1 samples can't be read, more than --max-bad 0.02" in said and "no picture" in said
 
 
 # ---------------------------------------------------------------- train.py as its user runs it
@@ -3121,7 +3833,8 @@ def test_torchrun_trains_resumes_and_evaluates(tmp_path):
 @slow
 def test_one_and_two_ranks_and_accumulation_train_alike(tmp_path):
     clip = [*SMALL, "--epochs", "1", "--prune", "0"]
-    brief = [*BRIEF, "--lr", "1e-4", "--image-size", "32", "--batch-size", "32"]  # rounding is not amplified
+    # at a rate of 1e-3 rounding is amplified, and the runs part
+    brief = [*BRIEF, *"--lr 1e-4 --image-size 32 --batch-size 32 --data shapes:128".split()]
     losses = {}
     for name, torchrun, flags in (
         ("clip", 0, clip), ("clip 2", 2, clip), ("clip accum", 0, [*clip, "--accum", "2"]),
@@ -3259,7 +3972,7 @@ def rank_runs(rank, world, ports, folder):
         members += [(f"{i}.png", png((i, 99, 0)) if i % 10 else b"no"), (f"{i}.txt", b"word%d" % i)]
     tar = write_tar(folder / f"bad{rank}.tar", members).replace("bad1", "bad0")
     with contextlib.suppress(FileNotFoundError):
-        run("vit_tiny", "bad", f"--data {tar} --batch-size 20 --prune 0.1 --max-bad 0.09 --val-data {tar}")
+        run("vit_tiny", "bad", f"--data {tar} --batch-size 20 --prune 0.1 --max-bad 0.09")
     (folder / f"said{rank}.json").write_text(json.dumps(said))
 
 

@@ -10,7 +10,6 @@
 The same command again resumes from --out. The method itself is in scan.py; the loop that uses it is `train`.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -160,7 +159,10 @@ def create_model(args, tokenizer):
     else:
         model = clip_model.create(args.arch, args.image_size, tokenizer.vocab_size)
     if args.init:
-        evaluation.load_weights(model, args.init)
+        trained_with = evaluation.load_weights(model, args.init)
+        if tokenizer is not None and trained_with not in (None, tokenizer.name):
+            here = f"this run has {tokenizer.name}"
+            raise UserError(f"--init {args.init}: was trained with {trained_with}, and {here}")
     if args.arch.startswith("rn"):
         model.visual.to(memory_format=torch.channels_last)
     return model
@@ -168,12 +170,10 @@ def create_model(args, tokenizer):
 
 def make_optimizer(model, args):
     """CLIP as open_clip: weight matrices decay, but no name with "bias". MoCo v3: everything does."""
-    is_moco = args.arch in moco.ARCHS
-    decay, others = [], []
+    is_moco, decay, others = args.arch in moco.ARCHS, [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim > 1 and "bias" not in name
-            (decay if is_moco or matrix else others).append(parameter)
+            (decay if is_moco or evaluation.decays(name, parameter) else others).append(parameter)
     betas, eps = ((0.9, 0.98), 1e-6) if args.arch.startswith("vit") else ((0.9, 0.999), 1e-8)
     groups = [{"params": decay, "weight_decay": args.wd}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=decay[0].is_cuda)
@@ -267,9 +267,7 @@ def make_sampler(scan, args):
 def evaluate(model, tokenizer, source, val, device, workers):
     """CLIP: zero-shot on labelled data, retrieval on pairs. MoCo: kNN among 50,000 pictures of `source`."""
     model.eval()
-    if dist.is_initialized():  # batch statistics of the ResNets differ: take rank 0's, as the checkpoint does
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    evaluation.share_buffers(model)
     if tokenizer is None:
         result = evaluation.knn(model, source, val, device, most=50_000, workers=workers)
     else:
@@ -283,43 +281,49 @@ def evaluate(model, tokenizer, source, val, device, workers):
 
 def parse_args(argv=None):
     share, natural, count, finite = (getattr(evaluation, n) for n in ("share", "natural", "count", "finite"))
-    parser = evaluation.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = evaluation.Parser(prog="train.py", description=__doc__)
     add = parser.add_argument
-    add("--arch", choices=list(RECIPES), default="vit_b32", help="default: vit_b32")
+    add("--arch", choices=list(RECIPES), default="vit_b32")
     add(
         "--data",
         default="shapes",
         help="shapes[:N[,zipf]], tar shards ({00000..00331}, globs, A::B), .csv/.tsv, class folders, "
-        "cifar10[:DIR] (default: shapes)",
+        "cifar10[:DIR]",
     )
     add("--val-data", help="the same kinds: zero-shot (classes), retrieval (pairs), kNN (MoCo)")
-    add("--img-key", default="filepath", help="column of a CSV (filepath)")
-    add("--caption-key", default="title", help="column of a CSV (title)")
+    add("--img-key", default="filepath", help="column of a CSV")
+    add("--caption-key", default="title", help="column of a CSV")
     add("--label-key", help="MoCo's kNN: column of a CSV, or key in the .json of tar shards, with the class")
-    add(
-        "--mismatch", type=share, default=0.0, help="share of captions to shuffle, to see what SCAN finds (0)"
-    )
+    add("--mismatch", type=share, default=0.0, help="share of captions to shuffle, to see what SCAN finds")
     # SCAN
-    add("--prune", type=share, help="rho: average share left out per round; 0: full data (CLIP .3, MoCo .35)")
-    add("--rho-red", type=share, help="share marked redundant (--prune)")
-    add("--rho-ill", type=share, help="share marked ill-matched (--prune)")
-    add("--t-cos", type=natural, default=3, help="mutation epochs per round (3)")
-    add("--warmup-threshold", type=float, default=0.3, help="T_td: relative drop of the epoch loss (0.3)")
-    add("--warmup-rule", choices=["stable", "printed"], default="stable", help="see scan.warmed_up (stable)")
+    add(
+        "--prune",
+        type=share,
+        help="rho: average share left out per round; 0: full data (default: CLIP .3, MoCo .35)",
+    )
+    add("--rho-red", type=share, help="share marked redundant (default: --prune)")
+    add("--rho-ill", type=share, help="share marked ill-matched (default: --prune)")
+    add("--t-cos", type=natural, default=3, help="mutation epochs per round")
+    add("--warmup-threshold", type=float, default=0.3, help="T_td: relative drop of the epoch loss")
+    add("--warmup-rule", choices=["stable", "printed"], default="stable", help="see scan.warmed_up")
     add("--keep", help="train on these ids only (.npy), a static coreset")
     # optimisation
-    add("--epochs", type=natural, help=f"({recipe_help('epochs')})")
+    add("--epochs", type=natural, help=recipe_help("epochs"))
     add("--batch-size", type=natural, help=f"global: over all ranks ({recipe_help('batch_size')})")
-    add("--accum", type=natural, default=1, help="micro-batches per step, exact, two forward passes (1)")
+    add("--accum", type=natural, default=1, help="micro-batches per step, exact, two forward passes")
     add("--lr", type=finite, help=f"peak ({recipe_help('lr')}; MoCo 1.5e-4 x batch / 256)")
-    add("--wd", type=finite, help="weight decay (0.1)")
+    add("--wd", type=finite, help="weight decay (default: 0.1)")
     add(
         "--warmup",
         type=finite,
-        help="of the rate, in epochs, also fractions (CLIP 10,000 steps, at most a 20th of the run; MoCo 10)",
+        help="of the rate, in epochs, also fractions (default: CLIP 10,000 steps or a 20th of the run; MoCo 10)",
     )
-    add("--image-size", type=natural, help=f"({recipe_help('image_size')})")
-    add("--crop-min", type=share, help="smallest random crop, as a share of the picture (CLIP .9, MoCo .08)")
+    add("--image-size", type=natural, help=recipe_help("image_size"))
+    add(
+        "--crop-min",
+        type=share,
+        help="smallest random crop, as a share of the picture (default: CLIP .9, MoCo .08)",
+    )
     add("--init", help="weights to start from: of open_clip, timm, or a run of ours")
     # running
     add(
@@ -332,18 +336,18 @@ def parse_args(argv=None):
         "--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, from 5,000 steps on"
     )
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, or else cpu")
-    add("--workers", type=count, help="loading processes per rank (the cores each rank has)")
-    add("--eval-every", type=count, default=5, help="epochs; 0: at the end only (5)")
+    add("--workers", type=count, help="loading processes per rank (default: the cores each rank has)")
+    add("--eval-every", type=count, default=5, help="epochs; 0: at the end only")
     add(
         "--save-every",
         type=count,
         default=0,
-        help="steps between checkpoints, besides each epoch's (0: none)",
+        help="steps between checkpoints, besides each epoch's",
     )
-    add("--max-bad", type=share, default=0.01, help="share of unreadable samples that ends the run (0.01)")
-    add("--seed", type=count, default=0, help="(0)")
+    add("--max-bad", type=share, default=0.01, help="share of unreadable samples that ends the run")
+    add("--seed", type=count, default=0, help="of all that is random")
     add("--vocab", help="bpe_simple_vocab_16e6.txt.gz for CLIP's tokens; without it, hashed words")
-    add("--out", help="folder of log and checkpoints (runs/ARCH-pruneP-seedS)")
+    add("--out", help="folder of log and checkpoints (default: runs/ARCH-pruneP-seedS)")
     args = parser.parse_args(argv)
     fill_in(args)
     check(args, parser.error)
@@ -352,7 +356,9 @@ def parse_args(argv=None):
 
 def recipe_help(name):
     default = RECIPES["vit_b32"][name], SHAPES[name]
-    return "CLIP {:g}; on shapes {:g}".format(*default) + (f"; MoCo {MOCO[name]}" if name in MOCO else "")
+    return "default: CLIP {:g}; on shapes {:g}".format(*default) + (
+        f"; MoCo {MOCO[name]}" if name in MOCO else ""
+    )
 
 
 def fill_in(args):
@@ -452,10 +458,12 @@ class Run:
         if self.world > 1:
             dist.barrier()  # --out exists
         checkpoint, path = newest_checkpoint(self.out, self.say)
-        epoch, step = (checkpoint["epoch"], checkpoint["step"]) if checkpoint else (0, 0)
-        self.check_ranks_agree("checkpoint in --out", torch.tensor([epoch, step]))
-        if checkpoint:
+        epoch = step = 0
+        if checkpoint is not None:
             self.refuse_other_run(checkpoint, path)
+            epoch, step = checkpoint["epoch"], checkpoint["step"]
+        self.check_ranks_agree("checkpoint in --out", torch.tensor([epoch, step]))
+        if checkpoint is not None:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scan.load_state_dict(checkpoint["scan"])
@@ -464,7 +472,7 @@ class Run:
                 os.replace(path, self.out / "last.pt")  # or the next save would keep a damaged one instead
         self.read_log(epoch)
         self.finished = epoch == self.args.epochs
-        self.say(header(self) + (f"; from epoch {epoch} on" if checkpoint else ""))
+        self.say(header(self) + (f"; from epoch {epoch} on" if checkpoint is not None else ""))
         if self.rank == 0:
             config = json.dumps(vars(self.args), indent=1).encode()
             write_whole(self.out / "config.json", lambda file: file.write(config))

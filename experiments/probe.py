@@ -5,8 +5,6 @@
 Reads data, classes and seeds from the runs themselves; prints one row per ratio, mean ± standard deviation.
 """
 
-import argparse
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -19,39 +17,39 @@ import eval as evaluation
 import moco
 
 
+def probe(run, val_data):
+    """-> seed, and by name of the model: kNN and linear accuracy, top-1 and balanced of each."""
+    args = evaluation.load_checkpoint(run)["args"]
+    common = dict(size=args["image_size"], captions=False, label_key=args["label_key"])
+    train = data.open_source(args["data"], train=True, **common)
+    test = data.open_source(val_data or args["val_data"], train=False, **common)
+    torch.manual_seed(args["seed"])  # as train.py draws the initial weights
+    untrained = moco.create(args["arch"], args["image_size"]).eval()
+    trained, _ = evaluation.load_model(run)
+    scores = {}
+    for name, model in (("untrained", untrained), (f"prune {args['prune']:g}", trained)):
+        loading = dict(workers=evaluation.loading_processes())
+        found = [
+            p(model, train, test, torch.device("cpu"), **loading) for p in (evaluation.knn, evaluation.linear)
+        ]
+        scores[name] = [result[key] for result in found for key in ("top1", "balanced")]
+    return args["seed"], scores
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs of train.py")
-    parser.add_argument(
-        "--val-data", help="classify these instead (shapes:4096: ± 0.5 points instead of ± 1.4)"
-    )
+    parser = evaluation.Parser(description=__doc__)
+    parser.add_argument("runs", nargs="+", help="folders of finished runs of train.py")
+    about = "classify these instead (shapes:4096: ± 0.5 points instead of ± 1.4)"
+    parser.add_argument("--val-data", help=about)
     asked, rows = parser.parse_args(), {}
     for run in asked.runs:
-        args = evaluation.load_checkpoint(run / "last.pt")["args"]
-        common = dict(size=args["image_size"], captions=False, label_key=args["label_key"])
-        train = data.open_source(args["data"], train=True, **common)
-        test = data.open_source(asked.val_data or args["val_data"], train=False, **common)
-        torch.manual_seed(args["seed"])  # as train.py draws the initial weights
-        untrained = moco.create(args["arch"], args["image_size"]).eval()
-        trained, _ = evaluation.load_model(run / "last.pt")
-        for name, model in (("untrained", untrained), (f"prune {args['prune']:g}", trained)):
-            scores = rows.setdefault(name, {})
-            if args["seed"] in scores:
-                continue
-            found = [
-                protocol(model, train, test, torch.device("cpu"), workers=os.cpu_count() - 1)
-                for protocol in (evaluation.knn, evaluation.linear)
-            ]
-            scores[args["seed"]] = [result[key] for result in found for key in ("top1", "balanced")]
-            print(
-                run.name,
-                name,
-                [round(score, 4) for score in scores[args["seed"]]],
-                file=sys.stderr,
-                flush=True,
-            )
+        try:
+            seed, scores = probe(run, asked.val_data)
+        except data.UserError as error:
+            evaluation.fail("probe.py", str(error))
+        print(run, {name: [round(x, 4) for x in values] for name, values in scores.items()}, file=sys.stderr)
+        for name, values in scores.items():
+            rows.setdefault(name, {})[seed] = values
     print("| | kNN | kNN, balanced | linear | linear, balanced | seeds |\n|---|---|---|---|---|---|")
     for name, scores in rows.items():
         cells = []
