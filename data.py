@@ -369,7 +369,10 @@ class Shards(Source):
         if shard not in self._files:
             if len(self._files) >= 128:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            try:
+                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            except OSError as error:
+                raise UserError(f"{self.paths[shard]}: {error.strerror or error}") from None
         return shard, self._files[shard]
 
     def _read(self, i, part, limit=_LARGEST):
@@ -472,7 +475,7 @@ def _index(paths):
     rank, ranks = (int(os.environ.get(name, k)) for name, k in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     start = len(paths) * rank // ranks
     stamps, tables, samples = [None] * len(paths), [None] * len(paths), 0
-    shown = time.monotonic() + 2  # a progress line, if it takes longer
+    due, shown = time.monotonic() + 2, False  # a progress line, if it takes longer
     for done, k in enumerate([*range(start, len(paths)), *range(start)], 1):
         try:
             status = os.stat(paths[k])
@@ -480,8 +483,8 @@ def _index(paths):
         except OSError as error:
             raise UserError(f"{paths[k]}: {error.strerror or error}") from None
         samples += len(tables[k])
-        if rank == 0 and time.monotonic() > shown:
-            shown = time.monotonic() + 1
+        if rank == 0 and (time.monotonic() > due or shown and done == len(paths)):
+            due, shown = time.monotonic() + 1, True
             line = f"\rindexing: {done:,} of {len(paths):,} tar files, {samples:,} samples"
             print(line, end="\n" if done == len(paths) else "", file=sys.stderr, flush=True)
     return stamps, tables
@@ -532,9 +535,9 @@ def _samples(members):
     """(name, offset, size) of a tar's files -> (n, 8) int32, the runs of one key that hold an image."""
     table, row, last_key = array("i"), [-1] * 8, None
     for name, offset, size in members:
-        start = name.find(".", name.rfind("/") + 1) + 1
-        part = _PARTS.get(name[start:]) if start else None
-        if part is None and (part := _PARTS.get(name[start:].lower())) is None or not start:
+        start = name.find(".", name.rfind("/") + 1) + 1  # of the extension
+        part = _PARTS.get(name[start:].lower()) if start else None
+        if part is None:
             continue
         if name[:start] != last_key:
             if row[1] >= 0:
@@ -544,14 +547,14 @@ def _samples(members):
             row[2 * part : 2 * part + 2] = offset // 512, min(size, _LARGEST)
     if row[1] >= 0:
         table.extend(row)
-    return np.frombuffer(table, np.int32).reshape(-1, 8)
+    return np.array(table, np.int32).reshape(-1, 8)
 
 
 # A header as tar programs write it for files, links and folders with short names: numbers with leading zeros
 # (mode, owner, group, size, time, checksum), kind, target of a link, "ustar", names, device, and no prefix.
 _PLAIN = re.compile(
-    rb"(?:[0-7]{6}[0-7 ][ \0]){3}([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})[ \0]{2}([\0000125x]).{100}"
-    rb"ustar(?:\00000|  \0).{64}(?:[0-7]{6}[0-7 ][ \0]|\0{8}){2}\0",
+    rb"(?:[0-7]{6}[0-7 ][ \0]){3}([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})[ \0]{2}([\x000125x]).{100}"
+    rb"ustar(?:\x0000|  \0).{64}(?:[0-7]{6}[0-7 ][ \0]|\0{8}){2}\0",
     re.DOTALL,
 )
 _TIME = re.compile(rb"(\d+) [acm]time=-?\d+\.?\d*\n")
