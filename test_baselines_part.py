@@ -58,7 +58,8 @@ def test_baselines_see_as_many_samples_as_scan(kind, prune, epochs):
     assert sum(map(len, seen)) == sum(map(len, scan_saw))  # to the sample
     assert all(len(set(ids)) == len(ids) for ids in seen)
     if kind == "RS2":
-        assert kept == sizes and set(seen[3]) != set(seen[7])
+        assert kept == sizes
+        assert len(set(seen[3]) & set(seen[7])) < 0.95 * len(seen[3])  # drawn anew
     if kind == "same-budget":
         assert len(seen) < epochs and min(map(len, seen)) > 0.9 * total - batch
     if kind == "Static":  # no larger than it need be, and no smaller than SCAN's mean epoch
@@ -164,25 +165,45 @@ def test_compare_pairs_seeds_by_students_t():
 
 
 @slow
-def test_compare_runs_all_methods_on_one_budget_and_goes_on(tmp_path):
-    command = [sys.executable, "experiments/compare.py", "--out", str(tmp_path), "--seeds", "0", "1"]
-    command += ["--methods", "full", "scan", *baselines.METHODS, "scan:--prune 0.2", "--jobs", "2"]
-    command += ["--proxy-epochs", "1", "--data", "shapes:192", "--epochs", "6", "--batch-size", "32"]
-    command += ["--val-data", "shapes:64", "--workers", "0", "--eval-every", "0"]
+def test_compare_runs_methods_on_one_budget_and_goes_on(tmp_path):
+    methods = ["infobatch", "semdedup", "dpruning", "once", "same-budget"]
+    command = [
+        sys.executable,
+        "experiments/compare.py",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "--jobs",
+        "2",
+    ]
+    command += ["--methods", "full", *methods, "scan:--prune 0.1", "--proxy-epochs", "1", "--epochs", "5"]
+    command += ["--data", "shapes:128", "--batch-size", "32", "--image-size", "32", "--val-data", "shapes:64"]
+    command += ["--workers", "0", "--eval-every", "0"]
     first = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     logs = {path.parent.name: path.read_text().splitlines() for path in tmp_path.glob("*/log.jsonl")}
-    seen = {
-        name: sum(r["samples"] for r in map(json.loads, lines) if r["event"] == "epoch")
+    epochs = {
+        name.removesuffix("-seed0"): [r for r in map(json.loads, lines) if r["event"] == "epoch"]
         for name, lines in logs.items()
     }
-    for seed in (0, 1):
-        assert seen[f"full-seed{seed}"] == 6 * 192 and seen[f"scan-prune-0.2-seed{seed}"] < 6 * 192
-        assert {seen[f"{name}-seed{seed}"] for name in baselines.METHODS} == {seen[f"scan-seed{seed}"]}
-    last = [json.loads(lines[-2]) for name, lines in logs.items() if name.startswith("same-budget")]
-    assert all(record["lr"] < 1e-4 for record in last)  # its rate ends at its own end
+    seen = {name: sum(r["samples"] for r in records) for name, records in epochs.items()}
+    assert seen["full"] == 5 * 128 and seen["scan"] < seen["scan-prune-0.1"] < 5 * 128
+    assert {seen[name] for name in methods} == {seen["scan"]}
+    assert epochs["same-budget"][-1]["lr"] < 2e-4  # its rate ends at its own end
     again = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert again.stdout == first.stdout and again.stderr == ""  # nothing is run twice
-    assert len(first.stdout.splitlines()) == 2 + 10
+    assert len(first.stdout.splitlines()) == 2 + 7
     other = subprocess.run([*command, "--lr", "1"], cwd=HERE, capture_output=True, text=True)
     assert other.returncode == 1 and "other flags" in other.stderr
+
+
+def test_overlap_of_rounds_comes_from_counts_alone():
+    report = pytest.importorskip("report")  # needs matplotlib
+    rounds = torch.rand(4, 50, generator=torch.Generator().manual_seed(5)) < torch.linspace(0.1, 0.9, 50)
+    pairs = list(itertools.combinations(rounds, 2))
+    shared = np.mean([(a & b).sum() for a, b in pairs])
+    size = rounds.sum(1).double().mean().item()
+    same, chance = report.overlap({"counts": rounds.sum(0), "rounds": 4})
+    assert same == pytest.approx(shared / (2 * size - shared))
+    assert chance == pytest.approx(size / (100 - size))

@@ -94,7 +94,14 @@ def chart_of_epochs(run):
     for axes in (above, below):
         for r in epochs:
             axes.axvspan(r["epoch"] - 0.5, r["epoch"] + 0.5, color=STAGES[r["stage"]], lw=0)
-    above.plot(x, [r["loss"] for r in epochs], color=RED, lw=1.8, marker="o", ms=2.5)
+    above.plot(
+        x,
+        [math.nan if r["loss"] is None else r["loss"] for r in epochs],
+        color=RED,
+        lw=1.8,
+        marker="o",
+        ms=2.5,
+    )
     above.set_ylabel("loss")
     below.bar(x, [100 * r["kept"] / r["total"] for r in epochs], width=0.72, color=BLUE)
     below.set(ylabel="kept, %", xlabel="epoch", xlim=(-0.5, x[-1] + 0.5), ylim=(0, 105))
@@ -118,6 +125,8 @@ def chart_of_scores(runs):
             for epoch, value in run["evals"]:
                 points.setdefault(epoch, []).append((seen[epoch], 100 * value))
         complete = [np.array(p) for _, p in sorted(points.items()) if len(p) == len(seeds)]
+        if not complete:
+            continue
         x, y = np.array([p.mean(0) for p in complete]).T
         deviation = complete[-1][:, 1].std(ddof=1) if len(seeds) > 1 else None
         axes.plot(x, y, color=colour, lw=1.5, alpha=0.8)
@@ -141,7 +150,9 @@ def chart_of_rounds(scan):
     measured = torch.bincount(counts, minlength=rounds + 1).double() / len(counts)
     axes.bar(x - 0.2, 100 * measured, 0.4, color=BLUE, label="this run")
     axes.bar(x + 0.2, 100 * np.array(chance), 0.4, color="#c3ccd6", label="by chance")
-    axes.set(xlabel=f"times a candidate, of {rounds} rounds", ylabel="samples, %", xticks=x)
+    axes.set(
+        xlabel=f"times a candidate, of {rounds} rounds", ylabel="samples, %", xticks=x[:: 1 + rounds // 12]
+    )
     axes.legend(fontsize=8.5)
     return figure
 
@@ -154,13 +165,12 @@ def chart_of_faults(found):
         if kind in found[0]:
             for key, style in (("recall", "-"), ("precision", "--")):
                 y = [100 * record[kind][key] for record in found]
-                axes.plot(
-                    x, y, style, color=colour, marker="o", ms=3, label=f"{kind.replace('_', '-')}, {key}"
-                )
+                name = f"{kind.replace('_', '-')}, {key}"
+                axes.plot(x, y, style, color=colour, marker="o", ms=3, label=name)
             chance = 100 * found[0][kind]["marked"]
             axes.axhline(chance, color=QUIET, lw=0.8, ls=":")
             axes.text(1, chance + 1, "recall by chance", color=QUIET, fontsize=8)
-    axes.set(xlabel="round", ylabel="planted faults, %", ylim=(0, 102), xticks=x)
+    axes.set(xlabel="round", ylabel="planted faults, %", ylim=(0, 102), xticks=x[:: 1 + len(x) // 12])
     axes.legend(fontsize=8.5)
     return figure
 
@@ -243,7 +253,8 @@ figure { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: 14px; color: #55636f; margin-top: 6px; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(100px, 11%, 128px), 1fr)); gap: 10px; }
+.gallery { display: grid; gap: 10px;
+  grid-template-columns: repeat(auto-fill, minmax(clamp(100px, 11%, 128px), 1fr)); }
 .gallery div { background: #fff; border-radius: 8px; padding: 6px; font-size: 13px; line-height: 1.25;
   border: 3px solid transparent; overflow-wrap: anywhere; }
 .gallery .planted { border-color: #c8452f; }
