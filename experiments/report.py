@@ -53,8 +53,8 @@ def read(run):
     try:
         records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         args = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run}: not a run of train.py ({error})") from None
+    except (OSError, ValueError):
+        raise UserError(f"{run}: holds no log.jsonl and config.json of train.py") from None
     epochs = [r for r in records if r["event"] == "epoch"]
     if not epochs:
         raise UserError(f"{run}: no epoch is finished")
@@ -338,7 +338,7 @@ def page(runs, shown, figures, pictures, scan):
     parts += [f'<h2>The run</h2><div class="charts">{charts}</div>']
     titles = {
         "redundant": ("Most often redundant", "The lowest losses of their batches: learnt, or easy to tell."),
-        "ill_matched": ("Most often ill-matched", "The highest losses: wrong captions, or rare things."),
+        "ill_matched": ("Most often ill-matched", "The highest losses: what does not match, or is rare."),
     }
     for kind, samples in pictures.items():
         if samples:
