@@ -220,17 +220,16 @@ def k_means(x, k, seed, rounds=30):
 # ---------------------------------------------------------------- D-Pruning
 
 
-def dpruning(influence, remove, seed=0, swaps=100_000):
+def dpruning(influence, remove, seed=0, swaps=200_000):
     """Mask (N,) of `remove` samples whose influences (N, d) sum to a short vector: annealed swaps.
 
-    Starts from the shortest influences, and returns the best set that it came by.
+    Starts from the shortest influences, and cools down to nothing but improvements.
     """
     x, rng = influence.double().numpy(), np.random.default_rng(seed)
     order = np.square(x).sum(1).argsort(kind="stable")
     if 0 < remove < len(x):
         total = x[order[:remove]].sum(0)
-        value = best = total @ total
-        best_order, hottest = order.copy(), np.square(x).sum() / len(x)
+        value, hottest = total @ total, np.square(x).sum() / len(x)
         inside = rng.integers(remove, size=swaps)
         outside = rng.integers(remove, len(x), size=swaps)
         slack = hottest * np.geomspace(1, 1e-6, swaps) * rng.exponential(size=swaps)  # Metropolis' rule
@@ -239,9 +238,6 @@ def dpruning(influence, remove, seed=0, swaps=100_000):
             if changed @ changed <= value + worse:
                 order[i], order[j] = order[j], order[i]
                 total, value = changed, changed @ changed
-                if value < best:
-                    best, best_order = value, order.copy()
-        order = best_order
     return torch.zeros(len(x), dtype=torch.bool).scatter_(0, torch.from_numpy(order[:remove]), True)
 
 
