@@ -223,13 +223,15 @@ def k_means(x, k, seed, rounds=30):
 def dpruning(influence, remove, seed=0, swaps=200_000):
     """Mask (N,) of `remove` samples whose influences (N, d) sum to a short vector: annealed swaps.
 
-    Starts from the shortest influences, and cools down to nothing but improvements.
+    Starts from the shortest influences, and returns the best set that it came by.
     """
     x, rng = influence.double().numpy(), np.random.default_rng(seed)
     order = np.square(x).sum(1).argsort(kind="stable")
     if 0 < remove < len(x):
         total = x[order[:remove]].sum(0)
-        value, hottest = total @ total, np.square(x).sum() / len(x)
+        value = best = total @ total
+        done, best_after = [], 0  # swaps, and how many of them led to the best set
+        hottest = np.square(x).sum() / len(x)
         inside = rng.integers(remove, size=swaps)
         outside = rng.integers(remove, len(x), size=swaps)
         slack = hottest * np.geomspace(1, 1e-6, swaps) * rng.exponential(size=swaps)  # Metropolis' rule
@@ -238,6 +240,11 @@ def dpruning(influence, remove, seed=0, swaps=200_000):
             if changed @ changed <= value + worse:
                 order[i], order[j] = order[j], order[i]
                 total, value = changed, changed @ changed
+                done.append((i, j))
+                if value < best:
+                    best, best_after = value, len(done)
+        for i, j in reversed(done[best_after:]):
+            order[i], order[j] = order[j], order[i]
     return torch.zeros(len(x), dtype=torch.bool).scatter_(0, torch.from_numpy(order[:remove]), True)
 
 
