@@ -1,83 +1,180 @@
-"""Full data against SCAN over several seeds: runs train.py for each, then prints the table of the README.
+"""SCAN beside full data and the baselines, over several seeds: one table.
 
-    python experiments/compare.py                                       # shapes, 3 seeds, prune 0 and 0.3
-    python experiments/compare.py --data 'emoji/train-*.tar' --val-data emoji/val-00000.tar --epochs 24
-    python experiments/compare.py --data ... --val-data ... --epochs 24 --mismatch 0.15
-    python experiments/compare.py --arch moco_vit_tiny --ratios 0 0.35    # kNN; then see probe.py
+    python experiments/compare.py --jobs 3                                # shapes: full, scan, rs2; 5 seeds
+    python experiments/compare.py --data 'emoji/train-*.tar' --val-data emoji/val-00000.tar --epochs 16 \\
+        --mismatch 0.15 --methods full scan rs2 random infobatch semdedup dpruning once same-budget
+    python experiments/compare.py --methods full scan rs2 'scan:--prune 0.5' 'rs2:--prune 0.5'
+    python experiments/compare.py --arch moco_vit_tiny --prune 0.35       # kNN; then see probe.py
 
-Other flags go to train.py. Runs alternate between the ratios, so that slow minutes of a machine hit both.
-Finished runs are not run again.
+A method is full, scan or one of baselines.py's, and may have flags of its own behind a colon. Other flags go
+to train.py, for all methods. Each run is one process with one thread, in a folder of its own, and one line of
+results.jsonl. The same command goes on where it stopped.
+
+A baseline spends what SCAN with the same flags and seed spent, so SCAN is run for it too; SemDeDup needs
+the full-data run and D-Pruning a short one, which are not counted among their samples and seconds.
 """
 
 import argparse
 import json
+import os
+import re
+import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
 # balanced: the mean over classes, which is top-1 where all classes are equally frequent
 SCORES = {("balanced",): "balanced accuracy", ("top1",): "top-1", ("i2t_r1", "t2i_r1"): "mean R@1"}
-HERE = Path(__file__).resolve().parent.parent
+# Student's t, 97.5 %, for 1, 2, ... 30 degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["full", "scan", "rs2"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--proxy-epochs", type=int, default=4, help="of D-Pruning's short run")
+    parser.add_argument("--show", action="store_true", help="print what is finished, run nothing")
     return parser.parse_known_args()
 
 
-def mean_std(values, form):
+def needs(method, args, flags):
+    """-> the flag of baselines.py and the method, of each run that this one is built on."""
+    name, _, own = method.partition(":")
+    if name in ("full", "scan", "proxy"):
+        return {}
+    others = {"--scan-run": f"scan:{own}" if own else "scan"}
+    if name == "semdedup":
+        others["--full-run"] = "full"
+    if name == "dpruning":
+        others["--proxy-run"] = "proxy"
+    return others
+
+
+def folder(method, seed, args):
+    return args.out.resolve() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', method).strip('-')}-seed{seed}"
+
+
+def run(method, seed, args, flags):
+    """Run one method with one seed -> its record."""
+    name, _, own = method.partition(":")
+    out, program = folder(method, seed, args), [sys.executable, str(HERE.parent / "train.py")]
+    needed = needs(method, args, flags)
+    if needed:
+        program = [sys.executable, str(HERE / "baselines.py"), name]
+        program += [part for flag, other in needed.items() for part in (flag, str(folder(other, seed, args)))]
+    command = [*program, "--arch", "vit_tiny", *flags, *shlex.split(own)]
+    command += {"full": ["--prune", "0"], "proxy": ["--prune", "0", "--epochs", str(args.proxy_epochs)]}.get(
+        name, []
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "printed.txt", "a") as printed:
+        options = dict(stdout=printed, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        code = subprocess.run([*command, "--seed", str(seed), "--out", str(out)], **options).returncode
+    if code:
+        lines = (out / "printed.txt").read_text().strip().splitlines()
+        raise RuntimeError(f"{method}, seed {seed}: {lines[-1] if lines else code} ({out}/printed.txt)")
+    return {"method": method, "seed": seed, "flags": flags} | summary(out)
+
+
+def summary(out):
+    """Of a finished run, from its log."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    epochs = [r for r in records if r["event"] == "epoch"]
+    final = [r for r in records if r["event"] == "eval"][-1]
+    names = next(names for names in SCORES if names[0] in final)
+    recalls = [r["found"]["ill_matched"]["recall"] for r in epochs if r.get("found", {}).get("ill_matched")]
+    return {
+        "measure": SCORES[names],
+        "score": statistics.mean(final[name] for name in names),
+        "samples": epochs[-1]["samples_seen"],
+        "seconds": round(sum(r["seconds"] for r in epochs), 1),
+        "epochs": len(epochs),
+        "mismatches_found": recalls,
+    }
+
+
+def run_all(methods, args, flags, path, done):
+    """Those that others are built on first. Each finished run is written down at once."""
+    wanted = [(method, seed) for seed in args.seeds for method in methods]
+    first = [(other, seed) for method, seed in wanted for other in needs(method, args, flags).values()]
+    first += [(method, seed) for method, seed in wanted if not needs(method, args, flags)]
+    for stage in (first, wanted):
+        todo = [key for key in dict.fromkeys(stage) if key not in done]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = {pool.submit(run, *key, args, flags): key for key in todo}
+            try:
+                for future in as_completed(futures):
+                    row = done[futures[future]] = future.result()
+                    with open(path, "a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    show = f"{row['method']}, seed {row['seed']}: {row['measure']} {row['score']:.4f}"
+                    print(f"{show}, {row['samples']:,} samples, {row['seconds']:.0f} s", file=sys.stderr)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def mean_and_spread(values, form):
     spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
 
 
+def paired(method, against, done, seeds):
+    """Mean difference of the scores over the seeds that both have, ± half its 95 % interval."""
+    name, _, own = method.partition(":")
+    if name == against:
+        return "–"
+    same = f"{against}:{own}"  # the one with the same flags, if it was run
+    other = same if any((same, seed) in done for seed in seeds) else against
+    both = [seed for seed in seeds if {(method, seed), (other, seed)} <= done.keys()]
+    if len(both) < 2:
+        return "–"
+    gaps = [done[method, seed]["score"] - done[other, seed]["score"] for seed in both]
+    t = T[len(gaps) - 2] if len(gaps) <= len(T) + 1 else 1.96
+    return f"{statistics.mean(gaps):+.3f} ± {t * statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}"
+
+
+def table(methods, done, seeds):
+    measure = next(iter(done.values()))["measure"]
+    lines = [f"| method | {measure} | samples | seconds | − full data | − RS2 | mismatches found | seeds |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for method in methods:
+        rows = [done[method, seed] for seed in seeds if (method, seed) in done]
+        if rows:
+            scores, samples, seconds = ([row[key] for row in rows] for key in ("score", "samples", "seconds"))
+            found = [statistics.mean(row["mismatches_found"]) for row in rows if row["mismatches_found"]]
+            found = mean_and_spread(found, ".2f") if found and method.startswith("scan") else "–"
+            gaps = [paired(method, other, done, seeds) for other in ("full", "rs2")]
+            cells = [method, mean_and_spread(scores, ".3f"), f"{statistics.mean(samples):,.0f}"]
+            cells += [mean_and_spread(seconds, ".0f"), *gaps, found, str(len(rows))]
+            lines += [f"| {' | '.join(cells)} |"]
+    return "\n".join(lines)
+
+
 def main():
-    args, rest = parse_args()
-    rows = {ratio: [] for ratio in args.ratios}
-    for seed in args.seeds:
-        for ratio in args.ratios:
-            out = args.out / f"prune{ratio:g}-seed{seed}"
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node",
-                str(args.ranks),
-                "train.py",
-            ]
-            command += ["--arch", "vit_tiny", *rest, "--prune", str(ratio), "--seed", str(seed)]
-            subprocess.run(
-                [*command, "--out", str(out.resolve())], cwd=HERE, check=True, stdout=subprocess.DEVNULL
-            )
-            records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-            epochs = [r for r in records if r["event"] == "epoch"]
-            final = [r for r in records if r["event"] == "eval"][-1]
-            names = next(n for n in SCORES if n[0] in final)
-            planted = next((r["found"].get("ill_matched", {}) for r in reversed(epochs) if "found" in r), {})
-            row = {
-                "score": statistics.mean(final[n] for n in names),
-                "samples": epochs[-1]["samples_seen"],
-                "seconds": sum(r["seconds"] for r in epochs),
-                "recall": planted.get("recall"),
-            }
-            rows[ratio].append(row)
-            print(f"prune {ratio:g} seed {seed}: {names} {row}", file=sys.stderr, flush=True)
-    print(f"| prune | {SCORES[names]} | samples | seconds | mismatches found |")
-    print("|---|---|---|---|---|")
-    for ratio, found in rows.items():
-        score, seconds = ([r[k] for r in found] for k in ("score", "seconds"))
-        samples = statistics.mean(r["samples"] for r in found)
-        recalls = [r["recall"] for r in found if r["recall"] is not None and ratio]
-        print(
-            f"| {ratio:g} | {mean_std(score, '.3f')} | {samples:,.0f} | {mean_std(seconds, '.0f')} | "
-            f"{mean_std(recalls, '.2f') if recalls else '–'} |"
-        )
+    args, flags = parse_args()
+    path = args.out / "results.jsonl"
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any(row["flags"] != flags for row in rows) and not args.show:
+        others = shlex.join(rows[0]["flags"])
+        sys.exit(f"compare.py: {path} has runs with other flags ({others}): choose another --out")
+    done = {(row["method"], row["seed"]): row for row in rows}
+    if not args.show:
+        try:
+            run_all(args.methods, args, flags, path, done)
+        except RuntimeError as error:
+            sys.exit(f"compare.py: {error}")
+    if done:
+        print(table(args.methods, done, args.seeds))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """kNN and linear accuracy of MoCo runs, beside the same backbone untrained (the initial weights of a seed).
 
-    python experiments/probe.py runs/compare/prune0-seed* runs/compare/prune0.35-seed* --val-data shapes:4096
+    python experiments/probe.py runs/compare/full-seed* runs/compare/scan-seed* --val-data shapes:4096
 
 Reads data, classes and seeds from the runs themselves; prints one row per ratio, mean ± standard deviation.
 """

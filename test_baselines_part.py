@@ -1,0 +1,209 @@
+"""Part of test_scan.py: experiments/baselines.py and compare.py."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scan import Scan, ScanSampler
+
+HERE = Path(__file__).parent
+slow = pytest.mark.slow
+sys.path.insert(0, str(HERE / "experiments"))
+import baselines  # noqa: E402
+import compare  # noqa: E402
+
+# ---------------------------------------------------------------- experiments: what SCAN is compared with
+
+
+def play(scan, epochs, batch, loss_of):
+    """A run without a model: `loss_of` (N,) is every sample's loss -> ids seen in each epoch, kept sizes."""
+    sampler, seen, sizes = ScanSampler(scan, batch), [], []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        sizes.append(scan.num_kept)
+        seen.append([])
+        for ids in sampler:
+            ids = torch.tensor(ids)
+            scan.observe(ids, loss_of[ids], loss_of[ids])
+            seen[-1] += ids.tolist()
+        scan.end_epoch()
+    return seen, sizes
+
+
+def skewed_losses(n):
+    return torch.rand(n, generator=torch.Generator().manual_seed(0)).exp() ** 2
+
+
+@pytest.mark.parametrize("prune, epochs", [(0.3, 16), (0.2, 11), (0.3, 9)])
+@pytest.mark.parametrize("kind", ["RS2", "InfoBatch", "Static", "Once", "same-budget"])
+def test_baselines_see_as_many_samples_as_scan(kind, prune, epochs):
+    total, batch, loss_of = 1000, 48, skewed_losses(1000)
+    scan_saw, sizes = play(Scan(total, prune), epochs, batch, loss_of)
+    options = dict(sizes=sizes, batch=batch)
+    if kind == "same-budget":
+        batches = sum(map(len, scan_saw)) // batch
+        options["sizes"] = [n * batch for n in baselines.spread(batches, -(-batches // (total // batch)))]
+    if kind == "Static":
+        keep = baselines.static_size(sizes, batch)
+        options["subset"] = baselines.some(torch.ones(total, dtype=torch.bool), keep, "test")
+    method = getattr(baselines, "RS2" if kind == "same-budget" else kind)
+    seen, kept = play(method(total, prune, **options), len(options["sizes"]), batch, loss_of)
+    assert sum(map(len, seen)) == sum(map(len, scan_saw))  # to the sample
+    assert all(len(set(ids)) == len(ids) for ids in seen)
+    if kind == "RS2":
+        assert kept == sizes
+        assert len(set(seen[3]) & set(seen[7])) < 0.95 * len(seen[3])  # drawn anew
+    if kind == "same-budget":
+        assert len(seen) < epochs and min(map(len, seen)) > 0.9 * total - batch
+    if kind == "Static":  # no larger than it need be, and no smaller than SCAN's mean epoch
+        assert set().union(*seen) <= set(options["subset"].nonzero().flatten().tolist())
+        assert sum(sizes) // epochs <= keep < sum(sizes) / epochs + batch
+    if kind == "InfoBatch":
+        assert kept[0] == kept[int(0.875 * epochs)] == kept[-1] == total and kept[1] < total
+
+
+def test_once_leaves_out_the_same_candidates_from_the_first_round_on():
+    total, batch, loss_of = 1000, 48, skewed_losses(1000)
+    scan = Scan(total, 0.3)
+    _, sizes = play(scan, 11, batch, loss_of)
+    first = Scan(total, 0.3)
+    saw, _ = play(first, 3, batch, loss_of)
+    once = baselines.Once(total, 0.3, sizes=sizes, batch=batch)
+    seen, _ = play(once, 11, batch, loss_of)
+    assert seen[:3] == saw and once.rounds == 1  # it is SCAN until then
+    never = set(range(total)) - set().union(*seen[3:])
+    assert never <= set(first.candidates.tolist())
+    assert total - baselines.static_size(sizes[3:], batch) == len(never)
+
+
+def test_infobatch_weighs_gradients_and_leaves_out_below_the_mean():
+    total, batch = 64, 8
+    loss_of = torch.linspace(0, 1, total)
+    loss_of[-4:] = 9.0  # the mean lies above the median
+    sizes = [64, 64, 48, 48, 48, 48, 64, 64]
+    scan = baselines.InfoBatch(total, sizes=sizes, batch=batch)
+    play(scan, 1, batch, loss_of)
+    assert torch.equal(scan.score, loss_of)
+    kept = scan.begin_epoch(1)
+    below = loss_of < loss_of.mean()
+    left_out = ~scan.kept_mask
+    # 56 batches of SCAN's; 16 are seen in the first and the last epoch: 40 remain for epochs 1 .. 6
+    assert scan.num_kept == total - (8 - 40 // 6) * batch and (left_out & ~below).sum() == 0
+    share = left_out.sum().item() / below.sum().item()
+    a = torch.ones(len(kept), requires_grad=True)
+    b = torch.ones(len(kept), requires_grad=True)
+    losses = a * loss_of[kept], b * loss_of[kept]
+    scan.observe(kept, *losses)
+    ((losses[0] + losses[1]) / 2).mean().backward()
+    weight = torch.where(below[kept], 1 / (1 - share), 1.0)
+    torch.testing.assert_close(a.grad, weight * loss_of[kept] / (2 * len(kept)))
+    torch.testing.assert_close(b.grad, a.grad)
+
+
+def test_infobatch_resumes_in_mid_epoch():
+    options, loss_of = dict(sizes=[64, 48, 48, 48, 48, 48, 64, 64], batch=8), skewed_losses(64)
+    scan = baselines.InfoBatch(64, **options)
+    play(scan, 1, 8, loss_of)
+    kept = scan.begin_epoch(1)
+    scan.observe(kept[:8], 9 * loss_of[kept[:8]], loss_of[kept[:8]])
+    other = baselines.InfoBatch(64, **options)
+    other.load_state_dict(scan.state_dict())
+    assert torch.equal(other.begin_epoch(1), kept) and torch.equal(other.weight, scan.weight)
+
+
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_semdedup_removes_copies_and_keeps_one_of_each(clusters):
+    generator = torch.Generator().manual_seed(1)
+    originals = torch.randn(40, 16, generator=generator)
+    copied = torch.arange(40).repeat_interleave(torch.arange(40) % 4)  # 0 .. 3 copies of each
+    noise = 0.01 * torch.randn(len(copied), 16, generator=generator)
+    lengths = 0.5 + torch.rand(40 + len(copied), 1, generator=generator)  # which do not matter
+    features = torch.cat([originals, originals[copied] + noise]) * lengths
+    group = torch.cat([torch.arange(40), copied])
+    shuffled = torch.randperm(len(group), generator=generator)
+    removed = baselines.semdedup(features[shuffled], len(copied), seed=2, clusters=clusters)
+    assert removed.sum() == len(copied)  # as many as asked for
+    assert sorted(group[shuffled][~removed].tolist()) == list(range(40))
+    if clusters == 1:  # of two copies the one farther from the centroid stays
+        x = torch.nn.functional.normalize(features[shuffled], dim=-1)
+        centroid, _ = baselines.k_means(x, 1, 2)
+        pair = (group[shuffled] == 1).nonzero().flatten()
+        kept = pair[(x[pair] @ centroid[0]).argmin()]
+        assert not removed[kept]
+
+
+def test_dpruning_finds_the_set_of_least_influence():
+    influence = torch.randn(12, 3, generator=torch.Generator().manual_seed(3))
+    sets = list(itertools.combinations(range(12), 5))
+    lengths = [influence[list(chosen)].sum(0).norm().item() for chosen in sets]
+    best = sets[int(np.argmin(lengths))]
+    removed = baselines.dpruning(influence, 5, seed=0, swaps=20_000)
+    assert tuple(removed.nonzero().flatten().tolist()) == best
+    shortest = influence.norm(dim=1).argsort()[:5]
+    assert set(shortest.tolist()) != set(best)  # so it had to search
+    assert baselines.dpruning(influence, 0).sum() == 0 and baselines.dpruning(influence, 12).all()
+
+
+def test_compare_pairs_seeds_by_students_t():
+    rows = {("full", k): {"score": s} for k, s in enumerate([0.50, 0.52, 0.49])}
+    rows |= {("scan", k): {"score": s} for k, s in enumerate([0.51, 0.55, 0.49])}
+    rows["scan", 3] = {"score": 0.9}  # no partner
+    gaps = np.array([0.01, 0.03, 0.0])
+    half = 4.302653 * gaps.std(ddof=1) / math.sqrt(3)
+    assert compare.paired("scan", "full", rows, range(4)) == f"{gaps.mean():+.3f} ± {half:.3f}"
+    assert compare.paired("full", "full", rows, range(4)) == "–"
+    rows |= {("scan:--prune 0.5", k): {"score": 0.4} for k in range(3)}
+    rows |= {("full:--prune 0.5", k): {"score": 0.3} for k in range(3)}  # one with the same flags goes first
+    assert compare.paired("scan:--prune 0.5", "full", rows, range(4)) == "+0.100 ± 0.000"
+
+
+@slow
+def test_compare_runs_methods_on_one_budget_and_goes_on(tmp_path):
+    methods = ["infobatch", "semdedup", "dpruning", "once", "same-budget"]
+    command = [
+        sys.executable,
+        "experiments/compare.py",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "--jobs",
+        "2",
+    ]
+    command += ["--methods", "full", *methods, "scan:--prune 0.1", "--proxy-epochs", "1", "--epochs", "5"]
+    command += ["--data", "shapes:128", "--batch-size", "32", "--image-size", "32", "--val-data", "shapes:64"]
+    command += ["--workers", "0", "--eval-every", "0"]
+    first = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    logs = {path.parent.name: path.read_text().splitlines() for path in tmp_path.glob("*/log.jsonl")}
+    epochs = {
+        name.removesuffix("-seed0"): [r for r in map(json.loads, lines) if r["event"] == "epoch"]
+        for name, lines in logs.items()
+    }
+    seen = {name: sum(r["samples"] for r in records) for name, records in epochs.items()}
+    assert seen["full"] == 5 * 128 and seen["scan"] < seen["scan-prune-0.1"] < 5 * 128
+    assert {seen[name] for name in methods} == {seen["scan"]}
+    assert epochs["same-budget"][-1]["lr"] < 2e-4  # its rate ends at its own end
+    again = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert again.stdout == first.stdout and again.stderr == ""  # nothing is run twice
+    assert len(first.stdout.splitlines()) == 2 + 7
+    other = subprocess.run([*command, "--lr", "1"], cwd=HERE, capture_output=True, text=True)
+    assert other.returncode == 1 and "other flags" in other.stderr
+
+
+def test_overlap_of_rounds_comes_from_counts_alone():
+    report = pytest.importorskip("report")  # needs matplotlib
+    rounds = torch.rand(4, 50, generator=torch.Generator().manual_seed(5)) < torch.linspace(0.1, 0.9, 50)
+    pairs = list(itertools.combinations(rounds, 2))
+    shared = np.mean([(a & b).sum() for a, b in pairs])
+    size = rounds.sum(1).double().mean().item()
+    same, chance = report.overlap({"counts": rounds.sum(0), "rounds": 4})
+    assert same == pytest.approx(shared / (2 * size - shared))
+    assert chance == pytest.approx(size / (100 - size))
