@@ -401,12 +401,8 @@ class Scan:
 
     def _to(self, device):
         if self.loss_sum.device != device:
-            for name in (
-                "loss_sum",
-                "loss_count",
-                "quantile",
-                "_marked",
-            ):  # the rest is only needed on the CPU
+            watching = "loss_sum", "loss_count", "quantile", "_marked"  # the rest is only needed on the CPU
+            for name in watching:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
 
@@ -502,11 +498,11 @@ class ScanSampler:
         if scan.num_kept < global_batch_size:
             raise ValueError(f"{scan.num_kept} samples do not fill one global batch of {global_batch_size}")
 
-    def set_epoch(self, epoch):
-        """Begin scan's epoch; needed before each one. A second call for the same epoch changes nothing."""
-        if epoch != self.epoch:
+    def set_epoch(self, epoch=None):
+        """Begin scan's epoch, the next if not said; needed before each one. Once more changes nothing."""
+        if not self.scan.open or epoch not in (None, self.epoch) or self.epoch != self.scan.epoch:
             self.scan._begin(epoch)
-            self.epoch, self.start = epoch, self.scan.step
+            self.epoch, self.start = self.scan.epoch, self.scan.step
 
     def __len__(self):
         return self.scan.num_kept // self.global_batch_size - self.start
