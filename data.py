@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import stat
@@ -474,27 +475,50 @@ def _index(paths):
     """
     rank, ranks = (int(os.environ.get(name, k)) for name, k in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     start = len(paths) * rank // ranks
+    order = [*range(start, len(paths)), *range(start)]
+    jobs = [(paths[k], _status(paths[k])) for k in order]
+    new, processes = sum(not _cache(*job).exists() for job in jobs), (os.cpu_count() or 1) // ranks
+    pool, indexes = contextlib.nullcontext(), map(_tar_index, *zip(*jobs))
+    if new >= _MANY_TARS and processes > 1:  # "spawn": this process may hold threads of gloo or CUDA
+        pool = multiprocessing.get_context("spawn").Pool(processes)
+        indexes = pool.imap(_tar_index_of, jobs)
     stamps, tables, samples = [None] * len(paths), [None] * len(paths), 0
     due, shown = time.monotonic() + 2, False  # a progress line, if it takes longer
-    for done, k in enumerate([*range(start, len(paths)), *range(start)], 1):
-        try:
-            status = os.stat(paths[k])
-            stamps[k], tables[k] = _stamp(status), _tar_index(paths[k], status)
-        except OSError as error:
-            raise UserError(f"{paths[k]}: {error.strerror or error}") from None
-        samples += len(tables[k])
-        if rank == 0 and (time.monotonic() > due or shown and done == len(paths)):
-            due, shown = time.monotonic() + 1, True
-            line = f"\rindexing: {done:,} of {len(paths):,} tar files, {samples:,} samples"
-            print(line, end="\n" if done == len(paths) else "", file=sys.stderr, flush=True)
+    with pool:
+        for done, (k, (_, status), table) in enumerate(zip(order, jobs, indexes), 1):
+            stamps[k], tables[k] = _stamp(status), table
+            samples += len(table)
+            if rank == 0 and (time.monotonic() > due or shown and done == len(paths)):
+                due, shown = time.monotonic() + 1, True
+                line = f"\rindexing: {done:,} of {len(paths):,} tar files, {samples:,} samples"
+                print(line, end="\n" if done == len(paths) else "", file=sys.stderr, flush=True)
     return stamps, tables
+
+
+_MANY_TARS = 256  # new ones, of thousands of samples each: then it pays to start processes
+
+
+def _tar_index_of(job):
+    return _tar_index(*job)
+
+
+def _status(path):
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def _cache(path, status):
+    """Where the index of a tar in this state is kept."""
+    state = f"5 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan"
+    return folder / f"{_sha256(state.encode())[:32]}.npy"
 
 
 def _tar_index(path, status):
     """(n, 8) int32: the parts of a tar's samples, from the cache or from the tar itself."""
-    state = f"5 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan"
-    cache /= f"{_sha256(state.encode())[:32]}.npy"
+    cache = _cache(path, status)
     try:
         table = np.load(cache, allow_pickle=False)
         if table.dtype == np.int32 and table.shape[1:] == (8,) and (table[-1] == _digest(table[:-1])).all():
@@ -504,19 +528,17 @@ def _tar_index(path, status):
 
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: not a regular file")
-    with open(path, "rb", buffering=0) as file:
-        try:
-            table = _samples(_plain_members(file.fileno()))
-        except ValueError:  # something unusual, or damaged
+    try:
+        with open(path, "rb", buffering=0) as file:
             try:
+                table = _samples(_plain_members(file.fileno()))
+            except ValueError:  # something unusual, or damaged
                 table = _samples(_members(file))
-            except OSError:
-                raise
-            except Exception as error:  # whatever tarfile makes of broken headers
-                error = str(error) or type(error).__name__
-                raise UserError(
-                    f"{path}: not a whole tar file ({error}); fetch it again, or leave it out"
-                ) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # whatever tarfile makes of broken headers
+        error = str(error) or type(error).__name__
+        raise UserError(f"{path}: not a whole tar file ({error}); fetch it again, or leave it out") from None
     with contextlib.suppress(OSError):  # a cache that can't be written only costs time
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")

@@ -1113,6 +1113,21 @@ def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monk
         data.Pairs(pickle.loads(pickle.dumps(second)), WORDS, 8)[2]
 
 
+@slow
+def test_many_new_tars_are_indexed_by_several_processes(tmp_path, monkeypatch):
+    for k in range(4):
+        shard(tmp_path / f"{k}.tar", 10 * k, 2)
+    monkeypatch.setattr(data, "_MANY_TARS", 4)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_plain_members", None)  # of this process: it indexes none
+        source = data.open_source(str(tmp_path / "*.tar"))
+    assert [source.caption(i) for i in (0, 3, 7)] == ["caption 0", "caption 11", "caption 31"]
+    (tmp_path / "2.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(data.UserError, match="2.tar: not a whole tar"):
+        data.open_source(str(tmp_path / "*.tar"))
+
+
 LONG = "a/long/name/" * 12  # takes headers of its own
 FORMS = {  # form, time and folder of a tar's members, and whether its headers are plain
     "ustar": (tarfile.USTAR_FORMAT, 0, "", True),

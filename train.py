@@ -218,7 +218,9 @@ def open_data(args, tokenizer):
     else:
         options = dict(crop_min=args.crop_min, seed=args.seed, mismatch=args.mismatch)
         dataset = data.Pairs(source, tokenizer, args.image_size, **options)
-    val = open_source(args, args.val_data, False) if args.val_data else None
+    val = open_source(args, args.val_data, False, captions=False) if args.val_data else None
+    if val is not None and val.labels is None and tokenizer is not None:  # retrieval, which needs them
+        val = open_source(args, args.val_data, False)
     if val is not None and tokenizer is None:
         if val.labels is None or source.labels is None:
             raise UserError(
@@ -230,8 +232,8 @@ def open_data(args, tokenizer):
     return dataset, val
 
 
-def open_source(args, spec, training):
-    captions = args.arch not in moco.ARCHS
+def open_source(args, spec, training, captions=True):
+    captions = captions and args.arch not in moco.ARCHS
     keys = dict(image_key=args.img_key, caption_key=args.caption_key, label_key=args.label_key)
     return data.open_source(spec, train=training, size=args.image_size, captions=captions, **keys)
 
@@ -706,8 +708,9 @@ def header(run):
         lines += [
             f"          each epoch {used % batch:,} of them, others each time, fill no batch of {batch}"
         ]
-    if getattr(source, "skipped", None):
-        lines += [f"          {source.skipped}"]
+    if source.skipped:
+        others = ", ".join(f"{n:,} {kind}" for kind, n in sorted(source.skipped.items()))
+        lines += [f"          left out, being no pictures: {others}"]
     if run.tokenizer is not None:
         toy = ": for trying out; for real captions, and for open_clip, give --vocab"
         lines += [f"text      {run.tokenizer.name}{toy if run.tokenizer.name == 'hashed words' else ''}"]
