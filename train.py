@@ -41,7 +41,7 @@ from scan import Scan, ScanSampler
 CLIP = dict(epochs=32, batch_size=800, lr=1e-3, wd=0.1, image_size=224, crop_min=0.9, prune=0.3)
 MOCO = dict(epochs=100, batch_size=600, wd=0.1, warmup=10.0, image_size=224, crop_min=0.08, prune=0.35)
 RECIPES = {arch: CLIP for arch in clip_model.ARCHS} | {
-    "vit_tiny": CLIP | dict(epochs=60, batch_size=128, image_size=64),
+    "vit_tiny": CLIP | dict(epochs=60, batch_size=128, lr=5e-4, image_size=64),
     "moco_vit_s16": MOCO,
     "moco_vit_b16": MOCO | dict(batch_size=370),
     "moco_vit_tiny": MOCO | dict(epochs=80, batch_size=128, lr=2e-3, warmup=3.0, image_size=32, crop_min=0.3),
