@@ -139,10 +139,8 @@ def forward(module, losses, inputs, autocast, accum=1):
         loss.backward()
         image_grads, text_grads = (x.grad.chunk(accum) for x in features[:2])
         for k, chunk in enumerate(chunks):
-            last = k == accum - 1
-            with (
-                contextlib.nullcontext() if last or core is module else module.no_sync()
-            ):  # ranks average once
+            averaging = k == accum - 1 or core is module  # ranks average once
+            with contextlib.nullcontext() if averaging else module.no_sync():
                 with autocast:
                     outputs = module(*chunk)
                 torch.autograd.backward(outputs, [image_grads[k], text_grads[k], features[2].grad / accum])
