@@ -2956,7 +2956,7 @@ def assert_scan_saw(losses, checkpoint, log, rho):
         assert len(candidates - used) >= int(share * len(candidates))
 
 
-TOLERANCE = {"vit_tiny": 1e-4, "rn50": 1e-2, "moco_vit_tiny": 1e-2}  # of batch norm: it spreads rounding
+TOLERANCE = {"vit_tiny": 1e-4, "rn50": 3e-2, "moco_vit_tiny": 1e-2}  # of batch norm: it spreads rounding
 WEIGHTS = "--epochs 6 --lr 1e-4 --wd 0.3 --warmup 1.5 --seed 3 --image-size"
 
 
