@@ -120,28 +120,16 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
     except (KeyError, ValueError) as error:
         reason = f"its weights do not fit {arch} (no {error})" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: {reason}") from None
-    _fit(model, checkpoint, path)
+    load_weights(model, path, checkpoint)
     return model.eval(), tokenizer
 
 
-def load_weights(model, path):
+def load_weights(model, path, checkpoint=None):
     """Start `model` from weights of train.py, open_clip, timm (of MoCo, the backbone) or MoCo v3.
 
     Returns the name of the tokenizer that they were trained with; None if nothing says so.
     """
-    checkpoint = load_checkpoint(path)
-    _fit(model, checkpoint, path)
-    return checkpoint.get("tokenizer")
-
-
-def _weights(checkpoint):
-    """The state dict in a checkpoint, by its names in one process."""
-    weights = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    weights = weights if isinstance(weights, dict) else {}
-    return {str(name).removeprefix("module."): weight for name, weight in weights.items()}
-
-
-def _fit(model, checkpoint, path):
+    checkpoint = checkpoint or load_checkpoint(path)
     weights = _weights(checkpoint)
     if isinstance(model, moco.MoCo) and not any(name.startswith("base_encoder.") for name in weights):
         # timm's ViT is the backbone alone: both encoders start from it, what is behind them as it is
@@ -154,6 +142,14 @@ def _fit(model, checkpoint, path):
         reason = str(error).strip().splitlines()[-1].strip()[:200]
         model = f"{model.arch} at {model.image_size} px"
         raise UserError(f"{path}: its weights do not fit {model} ({reason})") from None
+    return checkpoint.get("tokenizer")
+
+
+def _weights(checkpoint):
+    """The state dict in a checkpoint, by its names in one process."""
+    weights = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    weights = weights if isinstance(weights, dict) else {}
+    return {str(name).removeprefix("module."): weight for name, weight in weights.items()}
 
 
 def _tokenizer(path, trained_with, vocab):
@@ -270,11 +266,12 @@ def accuracy(scores, labels, ranked=None):
     if ranked is not None:
         scores = torch.full_like(scores, -math.inf).index_copy_(1, ranked, scores[:, ranked])
     hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (N, 5)
-    per_class = [hits[labels == label, 0].double().mean() for label in labels.unique()]
+    seen = labels.bincount()
+    per_class = labels.bincount(hits[:, 0].double())[seen > 0] / seen[seen > 0]
     return {
         "top1": hits[:, 0].double().mean().item(),
         "top5": hits.any(1).double().mean().item(),
-        "balanced": torch.stack(per_class).mean().item(),
+        "balanced": per_class.mean().item(),
         "n": len(labels),
     }
 
@@ -315,9 +312,9 @@ def retrieval(model, tokenizer, source, device, *, split_captions=False, chunk=1
             caption = source.caption(i)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{source.where(i)}: no caption ({error})") from None
-        lines = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
-        texts += lines
-        owners += [owner] * len(lines)
+        several = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
+        texts += several
+        owners += [owner] * len(several)
     owners = torch.tensor(owners)
     images = F.normalize(image_features(model, source, device, ids=firsts, **loading), dim=-1)
     texts = text_features(model, tokenizer, texts, device)
@@ -397,14 +394,15 @@ class Classifier(nn.Module):
     def __init__(self, model, classes, frozen, zeroshot_head=None):
         super().__init__()
         self.model, self.frozen, self.unit = model, frozen, zeroshot_head is not None
-        archs = moco.ARCHS if model.arch in moco.ARCHS else clip_model.ARCHS
-        self.head = nn.Linear(archs[model.arch].get("width") or archs[model.arch]["embed_dim"], classes)
+        is_moco = isinstance(model, moco.MoCo)
+        width = moco.ARCHS[model.arch]["width"] if is_moco else clip_model.ARCHS[model.arch]["embed_dim"]
+        self.head = nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         if self.unit:
             self.head.weight.data.copy_(zeroshot_head)
         model.requires_grad_(False)  # but the image tower, without MoCo's projector
-        if not frozen and model.arch in moco.ARCHS:
+        if not frozen and is_moco:
             model.base_encoder.requires_grad_(True).head.requires_grad_(False)
         elif not frozen:
             model.visual.requires_grad_(True)
@@ -647,8 +645,7 @@ def run_suspects(args):
     if captions:
         dataset = data.Pairs(source, None, trained["image_size"], mismatch=trained["mismatch"])
     if dataset.fingerprint() != checkpoint["data"]["hash"]:
-        hint = "say where they are: --data"
-        raise UserError(f"{spec}: not the data that {args.checkpoint} was trained on; {hint}")
+        raise UserError(f"{spec}: not the data that {args.checkpoint} was trained on: give those, by --data")
 
     quantile, ill = scan["quantile"].float(), scan["ill_counts"].int()
     redundant, most, found = scan["counts"].int() - ill, int(args.share * len(source)), {}
