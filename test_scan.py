@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -1697,37 +1698,39 @@ def tree(root, folders, n=3):
 def cifar(root, name, monkeypatch):
     """The files that torchvision reads, with four samples, and the MD5 sums it expects of them."""
     kind = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name]
-    classes, labels = {"cifar10": (10, "labels"), "cifar100": (100, "fine_labels")}[name]
-    rng, folder = np.random.default_rng(0), root / kind.base_folder
+    classes, labels, key = {"cifar10": (10, "labels", "label_names"),
+                            "cifar100": (100, "fine_labels", "fine_label_names")}[name]  # fmt: skip
+    folder = root / kind.base_folder
     folder.mkdir(parents=True)
-    pixels = rng.integers(0, 255, (4, 3072), dtype=np.uint8)
-    lists = {"train_list": ["data_batch_1"], "test_list": ["test_batch"]}
-    for attribute, names in lists.items():
-        entries = []
-        for k in names:
-            (folder / k).write_bytes(pickle.dumps({"data": pixels, labels: [0, 1, classes - 1, 1]}))
-            entries.append([k, hashlib.md5((folder / k).read_bytes()).hexdigest()])
-        monkeypatch.setattr(kind, attribute, entries)
-    key = "label_names" if name == "cifar10" else "fine_label_names"
-    (folder / "meta").write_bytes(pickle.dumps({key: [f"class {k}" for k in range(classes)]}))
-    meta = {"filename": "meta", "key": key, "md5": hashlib.md5((folder / "meta").read_bytes()).hexdigest()}
-    monkeypatch.setattr(kind, "meta", meta)
+
+    def write(file, content):
+        (folder / file).write_bytes(pickle.dumps(content))
+        return file, hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 3072), dtype=np.uint8)
+    for attribute, file in (("train_list", "data_batch_1"), ("test_list", "test_batch")):
+        entry = write(file, {"data": pixels, labels: [0, 1, classes - 1, 1]})
+        monkeypatch.setattr(kind, attribute, [entry])
+    file, md5 = write("meta", {key: [f"class {k}" for k in range(classes)]})
+    monkeypatch.setattr(kind, "meta", {"filename": file, "key": key, "md5": md5})
     return str(root)
 
 
-NO_LOADING = ("export", "coreset", "suspects")
+def evaluate(*args):
+    on_files = args[0] in ("export", "coreset", "suspects")
+    evaluation.main([*map(str, args), *([] if on_files else ["--workers", "0"])])
 
 
 def evaluated(capsys, *args):
     """eval.py's last line of JSON."""
-    evaluation.main([*map(str, args), *([] if args[0] in NO_LOADING else ["--workers", "0"])])
+    evaluate(*args)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def eval_refuses(capsys, *args):
     """The one line that eval.py says."""
     with pytest.raises(SystemExit) as exit:
-        evaluation.main([*map(str, args), *([] if args[0] in NO_LOADING else ["--workers", "0"])])
+        evaluate(*args)
     said = capsys.readouterr().err
     assert exit.value.code == 1 and said.count("\n") == 1 and said.startswith("eval.py: ")
     return said
@@ -1762,42 +1765,33 @@ def test_weights_of_all_origins_start_a_model(checkpoints, tmp_path):
 
 
 def test_weights_that_do_not_fit_get_one_line(checkpoints, tmp_path):
-    torch.save(clip_model.create("vit_tiny", 32).state_dict(), tmp_path / "larger.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "strange.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save(
-        {"model": {}, "args": {"arch": "gone", "image_size": 16}, "tokenizer": None}, tmp_path / "gone.pt"
-    )
-    clip, vocab = checkpoints["clip"], tmp_path / "vocab.gz"
+    gone = {"model": {}, "args": {"arch": "gone", "image_size": 16}, "tokenizer": None}
+    larger, strange = clip_model.create("vit_tiny", 32).state_dict(), {"weights": torch.zeros(3)}
+    for name, content in dict(larger=larger, strange=strange, list=[1, 2], gone=gone).items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    clip, vocab = Path(checkpoints["clip"]), tmp_path / "vocab.gz"
     vocab.write_bytes(gzip.compress(b"#version\na b\n"))
-    for load, message in (
-        (
-            lambda: evaluation.load_weights(clip_model.create("vit_tiny", 16), tmp_path / "larger.pt"),
-            "size mismatch",
-        ),
-        (
-            lambda: evaluation.load_weights(moco.create("moco_vit_tiny", 16), clip),
-            "do not fit moco_vit_tiny at 16 px",
-        ),
-        (
-            lambda: evaluation.load_weights(clip_model.create("vit_tiny", 16), tmp_path / "strange.pt"),
-            "do not fit",
-        ),
-        (lambda: evaluation.load_model(tmp_path / "strange.pt"), "--arch"),
-        (lambda: evaluation.load_model(tmp_path / "strange.pt", "vit_tiny", text=False), "token_embedding"),
-        (lambda: evaluation.load_model(tmp_path / "list.pt"), "no state dict"),
-        (lambda: evaluation.load_model(tmp_path / "gone.pt", text=False), "do not fit|unknown arch"),
-        (
-            lambda: evaluation.load_model(tmp_path / "larger.pt", "vit_tiny", image_size=33, text=False),
-            "multiple",
-        ),
-        (lambda: evaluation.load_model(tmp_path / "larger.pt", "vit_tiny"), "needs --vocab"),
-        (lambda: evaluation.load_model(clip, vocab=vocab), "leave --vocab out"),
-        (lambda: evaluation.load_model(clip, vocab=tmp_path / "nowhere.gz"), "nowhere.gz"),
-        (lambda: evaluation.load_model(tmp_path), "last.pt: No such file"),
+    models = clip_model.create("vit_tiny", 16), moco.create("moco_vit_tiny", 16)
+    tiny = dict(arch="vit_tiny", text=False)
+    for path, how, message in (
+        ("larger.pt", models[0], "size mismatch"),
+        (clip, models[1], "do not fit moco_vit_tiny at 16 px"),
+        ("strange.pt", models[0], "do not fit"),
+        ("strange.pt", {}, "--arch"),
+        ("strange.pt", tiny, "token_embedding"),
+        ("list.pt", {}, "no state dict"),
+        ("gone.pt", dict(text=False), "do not fit|unknown arch"),
+        ("larger.pt", tiny | dict(image_size=33), "multiple"),
+        ("larger.pt", dict(arch="vit_tiny"), "needs --vocab"),
+        (clip, dict(vocab=vocab), "leave --vocab out"),
+        (clip, dict(vocab=tmp_path / "nowhere.gz"), "nowhere.gz"),
+        ("", {}, "last.pt: No such file"),
     ):
         with pytest.raises(data.UserError, match=message) as error:
-            load()
+            if isinstance(how, dict):
+                evaluation.load_model(tmp_path / path, **how)
+            else:
+                evaluation.load_weights(how, tmp_path / path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -2079,43 +2073,38 @@ def test_logistic_regression_is_at_its_optimum():
 
 
 def test_linear_probe_standardises_and_chooses_its_penalty_on_a_tenth(monkeypatch):
+    """With features that say which row they are of: training rows are 0.., test rows 1000.."""
+
     class Source:
         classes, labels = ["a", "b"], np.arange(60) % 2
 
-    features = {True: 100 + 7 * torch.randn(60, 3, generator=generator()), False: torch.randn(60, 3)}
-    sources, fitted, asked = {True: Source(), False: Source()}, [], []
+    train_data, test_data, ids = Source(), Source(), torch.arange(60.0)
+    features = {train_data: torch.stack([ids, -9 * ids], 1), test_data: torch.stack([ids + 1000, ids], 1)}
+    fitted, asked = [], []
 
-    def fake(x, y, classes, penalty):
-        fitted.append((x, y, penalty))
+    def rows(x):
+        return (x[:, 0] * ids.std() + ids.mean()).round().long()
+
+    def fit(x, y, classes, penalty):
+        fitted.append((rows(x), penalty))
+        torch.testing.assert_close(x[:, 1], -x[:, 0])  # each column by its own mean and deviation
+        assert y.equal(rows(x) % 2) and classes == 2
 
         def probe(z):
-            asked.append(z)
-            right = penalty == 1e-3 and len(z) == 6  # on what is held out
-            scores = torch.eye(2)[torch.as_tensor(Source.labels)[: len(z)]]
-            held = torch.eye(2)[held_labels(z)] if len(z) == 6 else scores
-            return held if right else 1 - held
+            asked.append(rows(z))
+            right = F.one_hot(rows(z) % 2, 2)
+            return right if penalty == 1e-3 else 1 - right
 
         return probe
 
-    def held_labels(z):
-        rows = [(whole - row).abs().sum(1).argmin() for row in z]
-        return torch.as_tensor(Source.labels)[torch.stack(rows)]
-
-    whole = (features[True] - features[True].mean(0)) / features[True].std(0)
-    monkeypatch.setattr(evaluation, "_logistic_regression", fake)
-    monkeypatch.setattr(evaluation, "image_features", lambda m, source, d: features[source is sources[True]])
-    result = evaluation.linear(None, sources[True], sources[False], CPU)
-    assert result["penalty"] == 1e-3 and result["protocol"] == "linear" and result["n"] == 60
-    assert [penalty for *_, penalty in fitted] == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e-3]
-    torch.testing.assert_close(fitted[-1][0], whole, rtol=1e-3, atol=1e-4)
-    for (x, y, _), held in zip(fitted[:5], asked[:5], strict=True):
-        assert len(x) == 54 and len(held) == 6  # together all, each with its own label
-        assert sorted(torch.cat([x, held])[:, 0].tolist()) == pytest.approx(
-            sorted(whole[:, 0].tolist()), abs=1e-3
-        )
-        assert y.equal(held_labels(x))
-    expected = (features[False] - features[True].mean(0)) / features[True].std(0)
-    torch.testing.assert_close(asked[-1], expected, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(evaluation, "_logistic_regression", fit)
+    monkeypatch.setattr(evaluation, "image_features", lambda model, source, device: features[source])
+    result = evaluation.linear(None, train_data, test_data, CPU)
+    assert_same_shares(result, "linear", {"top1": 1, "top5": 1, "balanced": 1, "n": 60, "penalty": 1e-3})
+    assert [penalty for _, penalty in fitted] == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e-3]
+    for (rest, _), held_out in zip(fitted[:5], asked[:5], strict=True):
+        assert len(held_out) == 6 and sorted([*rest.tolist(), *held_out.tolist()]) == list(range(60))
+    assert fitted[-1][0].equal(torch.arange(60)) and asked[-1].equal(torch.arange(1000, 1060))
 
 
 # ---------------------------------------------------------------- eval.py: protocols that train
@@ -2204,24 +2193,29 @@ def test_training_a_classifier_equals_a_loop_by_hand(protocol, monkeypatch, caps
     zero = 5 * F.normalize(torch.randn(3, 128), dim=-1) if clip else None
     ours = evaluation.Classifier(model, 3, protocol == "sgd", zero)
     theirs = copy.deepcopy(ours)
-    epochs, peak, decay, per_epoch = 3, {"sgd": 0.5, "wise-ft": 0.01, "deit": 0.01}[protocol], 0.1, 3
-    per_epoch = 3 if protocol == "sgd" else 2  # the last two of ten are a batch of their own there
+    # the last two of ten are a batch of their own in MoCo v3's protocol
+    epochs, per_epoch, peak, decay = 3, *{"sgd": (3, 0.5)}.get(protocol, (2, 0.01)), 0.1
     settings = dict(epochs=epochs, batch_size=4, lr=peak, wd=decay, workers=0, seed=7)
     evaluation.train_classifier(ours, source, protocol, CPU, **settings)
 
     tower = theirs.model.visual if clip else theirs.model.base_encoder
-    weights = dict(tower.named_parameters()) if protocol != "sgd" else {}
-    weights = {k: p for k, p in weights.items() if not k.startswith("head.")} | dict(
-        theirs.head.named_parameters("h")
-    )
-    velocity, second, losses = {}, {}, []
-    mean, std = theirs.model.pixel_mean, theirs.model.pixel_std
+    names = {k: p for k, p in tower.named_parameters() if protocol != "sgd" and not k.startswith("head.")}
+    weights, spared = [*names.values(), theirs.head.weight], [theirs.head.bias]
+    if protocol == "sgd":
+        optimizer = torch.optim.SGD(weights + spared, momentum=0.9, weight_decay=decay)
+    else:
+        spared += [p for k, p in names.items() if p.ndim < 2 or k in ("cls_token", "pos_embed")]
+        matrices = [p for p in weights if not any(p is other for other in spared)]
+        optimizer = torch.optim.AdamW([{"params": spared, "weight_decay": 0}, {"params": matrices}],
+                                      weight_decay=decay)  # fmt: skip
+    losses, mean, std = [], theirs.model.pixel_mean, theirs.model.pixel_std
+    theirs.requires_grad_(True)
     theirs.model.train(protocol != "sgd")
     for epoch in range(epochs):
         order = torch.randperm(10, generator=generator(7 + epoch))
         losses.append([])
         for step in range(per_epoch):
-            ids, t = order[4 * step : 4 * step + 4], epoch * per_epoch + step
+            ids = order[4 * step : 4 * step + 4]
             images = (torch.from_numpy(pixels[ids]).permute(0, 3, 1, 2) / 255 - mean) / std
             x = tower(images) if clip else tower.forward_features(images)
             logits = (F.normalize(x, dim=-1) if clip else x) @ theirs.head.weight.T + theirs.head.bias
@@ -2230,32 +2224,20 @@ def test_training_a_classifier_equals_a_loop_by_hand(protocol, monkeypatch, caps
                 target = 0.9 * target + 0.1 / 3
             loss = -(target * logits.log_softmax(1)).sum(1).mean()
             losses[-1].append(loss.item())
-            grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
-            if protocol == "sgd":
-                rate = peak * (1 + math.cos(math.pi * epoch / epochs)) / 2
-            else:  # a fifth of the six steps is one
-                rate = peak * (1 + math.cos(math.pi * max(t - 1, 0) / (6 - 1))) / 2
-                norm = torch.stack([g.norm() for g in grads.values()]).norm()
-                grads = {k: g * min(1, 1 / (norm + 1e-6)) for k, g in grads.items()}
-            with torch.no_grad():
-                for k, p in weights.items():
-                    g = grads[k]
-                    if protocol == "sgd":
-                        velocity[k] = 0.9 * velocity.get(k, 0) + g + decay * p
-                        p -= rate * velocity[k]
-                        continue
-                    spared = p.ndim < 2 or k in ("cls_token", "pos_embed")
-                    p *= 1 - rate * (0.0 if spared else decay)
-                    velocity[k] = 0.9 * velocity.get(k, 0) + 0.1 * g
-                    second[k] = 0.999 * second.get(k, 0) + 0.001 * g**2
-                    unbiased = (second[k] / (1 - 0.999 ** (t + 1))).sqrt()
-                    p -= rate * velocity[k] / (1 - 0.9 ** (t + 1)) / (unbiased + 1e-8)
+            done = epoch / epochs
+            if protocol != "sgd":  # a fifth of the six steps is one
+                done = max(epoch * per_epoch + step - 1, 0) / (6 - 1)
+            theirs.zero_grad()
+            loss.backward()
+            if protocol != "sgd":
+                torch.nn.utils.clip_grad_norm_(weights + spared[:1], 1)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
+            optimizer.step()
     for (name, p), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        if name.endswith(("in_proj_bias", "qkv.bias")):
-            continue  # a key's bias has no gradient but rounding, which AdamW makes as large as any
-        torch.testing.assert_close(
-            p, expected, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        if not name.endswith(("in_proj_bias", "qkv.bias")):  # a key's has no gradient but rounding
+            note = functools.partial("{}: {}".format, name)
+            torch.testing.assert_close(p, expected, rtol=2e-3, atol=2e-4, msg=note)
     said = capsys.readouterr().out.splitlines()
     for epoch, line in enumerate(said):
         assert line.startswith(f"epoch   {epoch}/3  loss ")
