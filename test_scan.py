@@ -2130,10 +2130,8 @@ def test_augmentations_of_the_protocols():
         "wise-ft": [transforms.RandomResizedCrop(64, scale=(0.9, 1.0), interpolation=bicubic)],
     }
     for protocol, steps in classic.items():
-        ours, theirs = (
-            evaluation.augmentation(protocol, 64)[0],
-            transforms.Compose([*steps, transforms.PILToTensor()]),
-        )
+        ours = evaluation.augmentation(protocol, 64)[0]
+        theirs = transforms.Compose([*steps, transforms.PILToTensor()])
         for seed in range(6):
             torch.manual_seed(seed)
             expected = theirs(picture)
@@ -2235,7 +2233,7 @@ def test_training_a_classifier_equals_a_loop_by_hand(protocol, monkeypatch, caps
                 group["lr"] = peak * (1 + math.cos(math.pi * done)) / 2
             optimizer.step()
     for (name, p), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        if not name.endswith(("in_proj_bias", "qkv.bias")):  # a key's has no gradient but rounding
+        if not name.endswith(("in_proj_bias", "qkv.bias")):  # AdamW enlarges the rounding of keys'
             note = functools.partial("{}: {}".format, name)
             torch.testing.assert_close(p, expected, rtol=2e-3, atol=2e-4, msg=note)
     said = capsys.readouterr().out.splitlines()
@@ -2247,7 +2245,8 @@ def test_training_a_classifier_equals_a_loop_by_hand(protocol, monkeypatch, caps
 
 def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, capsys):
     """Every number of a recipe, the head that it starts from, and what evaluation then looks at."""
-    root, calls, looks, mixes = tree(tmp_path / "a", COLOURS, 2), [], [], []
+    root, calls, looks = tree(tmp_path / "a", COLOURS, 2), [], []
+    data_flags = ["--data", root, "--val-data", root]
 
     def train_classifier(classifier, train, protocol, device, **settings):
         calls.append((classifier, protocol, settings))
@@ -2258,46 +2257,47 @@ def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(evaluation, "train_classifier", train_classifier)
     monkeypatch.setattr(evaluation, "classify", classify)
-    bilinear = transforms.InterpolationMode.BILINEAR
-    small = 8 / 1024
-    for command, flags, protocol, expected in (
-        ("linear", "--protocol sgd", "sgd", dict(epochs=90, batch_size=1024, lr=3 * 8 / 256, wd=0)),
-        ("linear", "--protocol sgd --batch-size 4", "sgd", dict(epochs=90, batch_size=4, lr=12 / 256, wd=0)),
-        ("linear", "--protocol sgd --lr 1 --wd 2 --epochs 3 --seed 4", "sgd",
+    lincls = dict(crop=0.875, interpolation=transforms.InterpolationMode.BILINEAR)
+    for flags, protocol, expected in (
+        ("linear --protocol sgd", "sgd", dict(epochs=90, batch_size=1024, lr=3 * 8 / 256, wd=0)),
+        ("linear --protocol sgd --batch-size 4", "sgd", dict(epochs=90, batch_size=4, lr=12 / 256, wd=0)),
+        ("linear --protocol sgd --lr 1 --wd 2 --epochs 3 --seed 4", "sgd",
          dict(epochs=3, batch_size=1024, lr=1, wd=2, seed=4)),
-        ("finetune", "", "wise-ft", dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, seed=0)),
-        ("finetune", "", "deit", dict(epochs=150, batch_size=1024, lr=1e-3 * small, wd=0.05)),
+        ("finetune", "deit", dict(epochs=150, batch_size=1024, lr=1e-3 * 8 / 1024, wd=0.05)),
+        ("finetune", "wise-ft", dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, seed=0)),
     ):  # fmt: skip
         run = checkpoints["clip" if protocol == "wise-ft" else "moco"]
-        common = [command, "--checkpoint", run, "--data", root, "--val-data", root, *flags.split()]
-        result = evaluated(capsys, *common)
+        result = evaluated(capsys, *flags.split(), "--checkpoint", run, *data_flags)
         classifier, used, settings = calls.pop()
         assert used == protocol == result["protocol"] and result["n"] == 8
         assert {k: settings[k] for k in expected} == pytest.approx(expected), flags
-        look = dict(crop=0.875, interpolation=bilinear) if command == "linear" else None
-        assert looks.pop() == look and classifier.frozen == (command == "linear")
-    model, words = evaluation.load_model(checkpoints["clip"])
-    evaluated(capsys, "finetune", "--checkpoint", checkpoints["clip"], "--data", root, "--val-data", root)
-    head, expected = calls.pop()[0].head, []
-    for name in COLOURS:
-        expected.append(
-            F.normalize(model.encode_text(torch.tensor(words(f"a photo of a {name}."))[None]), dim=-1)
-        )
-    torch.testing.assert_close(head.weight, torch.cat(expected) / 0.07, rtol=1e-4, atol=1e-4)
-    assert not head.bias.any()
-    monkeypatch.undo()
-    for name in ("MixUp", "CutMix"):
-        kind = getattr(v2, name)
-        note = lambda alpha, num_classes, kind=kind, name=name: (  # noqa: E731
-            mixes.append((name, alpha)), kind(alpha=alpha, num_classes=num_classes))[1]  # fmt: skip
-        monkeypatch.setattr(evaluation.v2, name, note)
-    flags = ["--epochs", "1", "--batch-size", "4", "--workers", "0"]
-    args = ["finetune", "--checkpoint", checkpoints["moco"], "--data", root, "--val-data", root, *flags]
-    soft, real = [], F.cross_entropy
-    note = lambda x, y, **rest: (soft.append((y.ndim, rest)), real(x, y, **rest))[1]  # noqa: E731
-    monkeypatch.setattr(evaluation.F, "cross_entropy", note)
-    evaluation.main(args)
-    assert sorted(mixes) == [("CutMix", 1.0), ("MixUp", 0.8)] and soft == [(2, {"label_smoothing": 0.1})] * 2
+        assert looks.pop() == (lincls if protocol == "sgd" else None)
+        assert classifier.frozen == (protocol == "sgd")
+    model, words = evaluation.load_model(checkpoints["clip"])  # wise-ft's head is zero-shot
+    texts = [model.encode_text(torch.tensor(words(f"a photo of a {name}."))[None]) for name in COLOURS]
+    expected = F.normalize(torch.cat(texts), dim=-1) / 0.07
+    torch.testing.assert_close(classifier.head.weight, expected, rtol=1e-4, atol=1e-4)
+    assert not classifier.head.bias.any()
+
+
+def test_deit_mixes_pictures_and_smooths_labels(checkpoints, tmp_path, monkeypatch):
+    root, mixes, losses, cross_entropy = tree(tmp_path / "a", COLOURS, 2), [], [], F.cross_entropy
+
+    def note(kind, alpha, num_classes):
+        mixes.append((kind.__name__, alpha))
+        return kind(alpha=alpha, num_classes=num_classes)
+
+    def note_loss(x, y, **rest):
+        losses.append((y.ndim, rest))
+        return cross_entropy(x, y, **rest)
+
+    for kind in (v2.MixUp, v2.CutMix):
+        monkeypatch.setattr(evaluation.v2, kind.__name__, functools.partial(note, kind))
+    monkeypatch.setattr(evaluation.F, "cross_entropy", note_loss)
+    flags = ["--data", root, "--val-data", root, "--epochs", "1", "--batch-size", "4"]
+    evaluate("finetune", "--checkpoint", checkpoints["moco"], *flags)
+    assert sorted(mixes) == [("CutMix", 1.0), ("MixUp", 0.8)]
+    assert losses == [(2, {"label_smoothing": 0.1})] * 2
 
 
 @pytest.mark.parametrize("family", ["clip", "moco"])
@@ -2308,19 +2308,18 @@ def test_classifiers_on_class_folders(family, checkpoints, tmp_path, capsys):
     for protocol in ("knn", "linear"):
         result = evaluated(capsys, protocol, *common)
         assert result["n"] == 8 and result["top1"] == result["balanced"] == result["top5"] == 1.0
-    result = evaluated(capsys, "linear", *common, "--protocol", "sgd", "--epochs", "20", "--lr", "1")
+    result = evaluated(capsys, "linear", *common, *"--protocol sgd --epochs 20 --lr 1".split())
     assert result["n"] == 8 and result["top1"] > 0.5  # chance .25
     numbers = tree(tmp_path / "v2", ["0", "1", "2", "3"], 2)
     some = tree(tmp_path / "r", WNIDS[:2], 2)
     names = tmp_path / "names.txt"
     names.write_text("\n".join(COLOURS))
     more = ["--classnames", names] if family == "clip" else []
-    result = evaluated(
-        capsys, "finetune", *common, *more, "--epochs", "15", "--lr", "2e-3", "--batch-size", "16",
-        "--test-data", numbers, some, "--out", tmp_path / "tuned.pt",
-    )  # fmt: skip
-    assert result["top1"] >= 0.75 and result["test"][numbers]["n"] == 8 and result["test"][some]["n"] == 4
-    assert result["test"][numbers]["top1"] >= 0.75 and result["test"][some]["top1"] >= 0.75
+    more += [*"--epochs 15 --lr 2e-3 --batch-size 16 --test-data".split(), numbers, some]
+    result = evaluated(capsys, "finetune", *common, *more, "--out", tmp_path / "tuned.pt")
+    assert result["top1"] >= 0.75
+    for folder, n in ((numbers, 8), (some, 4)):
+        assert result["test"][folder]["n"] == n and result["test"][folder]["top1"] >= 0.75
     tuned = torch.load(tmp_path / "tuned.pt", weights_only=True)
     assert tuned["head.weight"].shape == (4, 96 if family == "moco" else 128)
 
@@ -2331,11 +2330,10 @@ def test_what_does_not_fit_is_said_before_training(checkpoints, tmp_path, capsys
     common = ["finetune", "--checkpoint", checkpoints["moco"], "--data", some, "--val-data", some]
     assert "'10'" in eval_refuses(capsys, *common, "--test-data", numbers)
     assert "--out" in eval_refuses(capsys, *common, "--out", tmp_path / "no" / "where.pt")
+    flags = "--arch moco_vit_tiny --prune 0.25 --batch-size 4 --image-size 16".split()
+    flags += ["--data", tree(tmp_path / "a", COLOURS, 4), "--val-data", some, "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
-        flags = (
-            f"--arch moco_vit_tiny --data {tree(tmp_path / 'a', COLOURS, 4)} --val-data {some} --prune 0.25"
-        )
-        train.main([*flags.split(), *f"--batch-size 4 --image-size 16 --out {tmp_path / 'out'}".split()])
+        train.main(flags)
     assert f"'{WNIDS[0]}'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -2343,7 +2341,7 @@ def test_a_loss_that_is_not_finite_ends_fine_tuning(checkpoints, tmp_path, capsy
     root = tree(tmp_path / "a", COLOURS, 2)
     flags = ["--checkpoint", checkpoints["moco"], "--data", root, "--val-data", root, "--protocol", "sgd"]
     with pytest.raises(SystemExit) as stop:
-        evaluation.main(["linear", *flags, "--lr", "1e38", "--epochs", "9", "--workers", "0"])
+        evaluate("linear", *flags, "--lr", "1e38", "--epochs", "9")
     assert stop.value.code == 1 and "loss not finite in epoch" in capsys.readouterr().err
 
 
@@ -2383,15 +2381,13 @@ def test_zero_shot_needs_labels_and_no_captions(checkpoints, tmp_path, capsys):
 def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
     numbers, some = tree(tmp_path / "v2", ["0", "10"], 1), tree(tmp_path / "r", WNIDS[:2], 1)
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    three = ["--classnames", tmp_path / "three.txt"]
     clip, moco_ = (["--checkpoint", checkpoints[k]] for k in ("clip", "moco"))
     for args, message in (
         (["zeroshot", *clip, "--data", numbers], "numbers"),
         (["zeroshot", *clip, "--data", some], "--wnids"),
-        (
-            ["zeroshot", *clip, "--data", some, "--classnames", tmp_path / "three.txt"],
-            "3 names, for 2 classes",
-        ),
-        (["zeroshot", *clip, "--data", numbers, "--classnames", tmp_path / "three.txt"], "'10'"),
+        (["zeroshot", *clip, "--data", some, *three], "3 names, for 2 classes"),
+        (["zeroshot", *clip, "--data", numbers, *three], "'10'"),
         (["zeroshot", *moco_, "--data", some], "never learnt"),
         (["retrieval", *moco_, "--data", some], "never learnt"),
         (["knn", *moco_, "--data", some], "--val-data"),
@@ -2493,46 +2489,39 @@ def test_suspects_are_listed_worst_first(arch, tmp_path, capsys):
     """A state made by hand over shapes with a fifth of the captions shuffled."""
     n, clip = 40, arch == "vit_tiny"
     source = data.open_source("shapes:40", size=16, captions=clip)
-    args = {"arch": arch, "data": "shapes:40", "image_size": 16, "mismatch": 0.2 if clip else 0.0}
-    args |= {"img_key": "filepath", "caption_key": "title", "label_key": None}
     pairs = data.Pairs(source, None, 16, mismatch=0.2)
-    planted = pairs.truth["ill_matched"]
-    quantile = torch.linspace(0.95, 0.05, n, dtype=torch.float64)[torch.argsort(torch.argsort(
-        torch.from_numpy(~planted).double(), stable=True))]  # fmt: skip
+    dataset, planted = pairs if clip else data.Samples(source, 0), pairs.truth["ill_matched"]
+    ranks = np.empty(n)
+    ranks[np.argsort(~planted, kind="stable")] = np.linspace(0.95, 0.05, n)  # the planted ones come first
+    quantile = torch.from_numpy(ranks)
     high, low = quantile > 0.5, quantile < 0.3
     ill, redundant = 2 * high.to(torch.int16), 3 * low.to(torch.int16)
     ill[low.nonzero()[0]] = 1  # marked as both: more often as redundant
-    scan = {
-        "counts": ill + redundant,
-        "ill_counts": ill,
-        "quantile": quantile.half(),
-        "rounds": 4,
-        "num_samples": n,
-    }
-    dataset = pairs if clip else data.Samples(source, 0)
+    args = {"arch": arch, "data": "shapes:40", "image_size": 16, "mismatch": 0.2 if clip else 0.0}
+    args |= {"img_key": "filepath", "caption_key": "title", "label_key": None}
+    scan = {"counts": ill + redundant, "ill_counts": ill, "quantile": quantile.half(), "rounds": 4}
     checkpoint = {"scan": scan, "args": args, "data": {"size": n, "hash": dataset.fingerprint()}}
     torch.save(checkpoint, tmp_path / "last.pt")
     out = tmp_path / "s.csv"
     result = evaluated(capsys, "suspects", tmp_path, "--share", "1", "--out", out)
+    expected = []
+    for kind, marked, ids in (
+        ("ill-matched", "2", sorted(high.nonzero().flatten().tolist(), key=lambda i: -quantile[i])),
+        ("redundant", "3", sorted(low.nonzero().flatten().tolist(), key=lambda i: quantile[i])),
+    ):
+        assert result[kind.replace("-", "_")] == len(ids) > 10
+        for i in ids:
+            caption = pairs.caption(i) if clip else ""
+            expected.append([str(i), source.where(i), caption, kind, marked, "4"])
     with open(out, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    kinds = [row["kind"] for row in rows]
-    assert kinds == ["ill-matched"] * int(high.sum()) + ["redundant"] * int(low.sum())
-    assert result["ill_matched"] == int(high.sum()) and result["redundant"] == int(low.sum())
-    values = [float(row["quantile"]) for row in rows]
-    assert values[: int(high.sum())] == sorted(values[: int(high.sum())], reverse=True)
-    assert values[int(high.sum()) :] == sorted(values[int(high.sum()) :])
-    for row in rows:
-        i = int(row["id"])
-        assert row["where"] == source.where(i) and row["rounds"] == "4"
-        assert row["caption"] == (pairs.caption(i) if clip else "")
-        assert row["marked"] == ("2" if row["kind"] == "ill-matched" else "3")
-        assert float(row["quantile"]) == pytest.approx(float(quantile[i]), abs=1e-3)
-    if clip:  # first all the planted ones: of the first two, four, six rows
-        total = int(planted.sum())
-        for first, share in (("0.05", 2), ("0.1", 4), ("0.15", 6)):
-            right = min(share, total)
-            assert result[f"first_{first}"] == {"precision": right / share, "recall": right / total}
+        header, *rows = csv.reader(file)
+    assert header == "id where caption kind marked rounds quantile".split()
+    assert [row[:-1] for row in rows] == expected
+    assert all(float(row[-1]) == pytest.approx(float(quantile[int(row[0])]), abs=1e-3) for row in rows)
+    total = int(planted.sum())
+    for first, share in (("0.05", 2), ("0.1", 4), ("0.15", 6)) if clip else ():  # rows
+        right = min(share, total)
+        assert result[f"first_{first}"] == {"precision": right / share, "recall": right / total}
     result = evaluated(capsys, "suspects", tmp_path, "--share", "0.1", "--out", out)
     assert result["ill_matched"] == result["redundant"] == 4
     assert "not the data" in eval_refuses(capsys, "suspects", tmp_path, "--data", "shapes:80", "--out", out)
@@ -2541,7 +2530,7 @@ def test_suspects_are_listed_worst_first(arch, tmp_path, capsys):
 # ---------------------------------------------------------------- eval.py: ranks, devices, flags
 
 
-def test_devices_and_precision(monkeypatch):
+def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -2550,9 +2539,7 @@ def test_devices_and_precision(monkeypatch):
         with pytest.raises(data.UserError, match="use --device cpu"):
             evaluation.start_ranks(device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert (
-        evaluation.start_ranks("mps")[2] == torch.device("mps") and evaluation.start_ranks("auto")[2] == CPU
-    )
+    assert [evaluation.start_ranks(kind)[2].type for kind in ("mps", "auto")] == ["mps", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     used, groups = [], []
@@ -2576,25 +2563,28 @@ def test_devices_and_precision(monkeypatch):
     assert isinstance(how["store"], dist.PrefixStore)
     how["store"].set("key", "value")
     assert how["store"].underlying_store.get("2/key") == b"value"
+
+
+def test_precision_is_what_was_asked_or_what_the_gpu_has(monkeypatch):
+    cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert evaluation.precision("auto", torch.device("cuda", 0)) == "fp32"  # V100, T4: only emulated
-    assert evaluation.precision("bf16", CPU) == "bf16"
+    assert evaluation.precision("auto", cuda) == "fp32"  # V100, T4: only emulated
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert evaluation.precision("auto", torch.device("cuda", 0)) == "bf16"
-    assert evaluation.precision("auto", CPU) == "fp32" and evaluation.precision("fp32", used[0]) == "fp32"
+    for asked, device, expected in (
+        ("auto", cuda, "bf16"), ("auto", CPU, "fp32"), ("fp32", cuda, "fp32"), ("bf16", CPU, "bf16")
+    ):  # fmt: skip
+        assert evaluation.precision(asked, device) == expected
 
 
-@pytest.mark.parametrize(
-    "cores, local, expected", [(64, 1, 32), (64, 4, 16), (4, 1, 4), (2, 8, 1), (None, 1, 6)]
-)
-def test_loading_processes_by_the_cores_that_a_rank_has(cores, local, expected, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+def test_loading_processes_by_the_cores_that_a_rank_has(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    if cores:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    else:
-        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert evaluation.loading_processes() == expected
+    for cores, local, expected in ((64, 1, 32), (64, 4, 16), (4, 1, 4), (2, 8, 1), (None, 1, 6)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        if cores:
+            monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: range(n), raising=False)
+        else:
+            monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        assert evaluation.loading_processes() == expected
 
 
 def test_progress_fits_the_terminal(monkeypatch):
@@ -2663,27 +2653,25 @@ def test_files_of_names_that_cannot_be_used_exit_2_in_one_line(flag, content, me
 def test_help_shows_every_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     actions, real = [], evaluation.Parser.add_argument
-    monkeypatch.setattr(
-        evaluation.Parser, "add_argument", lambda self, *a, **k: actions.append((self, real(self, *a, **k)))
-    )
+    note = lambda self, *a, **k: actions.append((self.prog, real(self, *a, **k)))  # noqa: E731
+    monkeypatch.setattr(evaluation.Parser, "add_argument", note)
+    by_recipe = {
+        "linear": ["default: 90 (sgd)", "default: 1024 (sgd)", "3 x batch / 256"],
+        "finetune": ["default: 10 (wise-ft), 150 (deit)", "default: 512 (wise-ft), 1024 (deit)",
+                     "default: 0.1 (wise-ft), 0.05 (deit)", "3e-5 (wise-ft)"],
+    }  # fmt: skip
     for command in evaluation.ABOUT:
         actions.clear()
         with pytest.raises(SystemExit):
             evaluation.parse_args([command, "--help"])
         said = " ".join(capsys.readouterr().out.split())
-        flags = [action for parser, action in actions if parser.prog.endswith(command)]
+        flags = [action for prog, action in actions if prog.endswith(command)]
         assert len(flags) > 2
         for action in flags:
             assert action.help or action.dest == "help", action
             if action.default not in (None, "==SUPPRESS==", []) and action.default is not False:
                 assert f"{' '.join(action.help.split())} (default: {action.default})" in said
-        if command == "linear":
-            assert "default: 90 (sgd)" in said and "default: 1024 (sgd)" in said and "3 x batch / 256" in said
-        if command == "finetune":
-            assert (
-                "default: 10 (wise-ft), 150 (deit)" in said and "default: 512 (wise-ft), 1024 (deit)" in said
-            )
-            assert "default: 0.1 (wise-ft), 0.05 (deit)" in said and "3e-5 (wise-ft)" in said
+        assert all(text in said for text in by_recipe.get(command, []))
 
 
 def test_one_rank_speaks_for_all(monkeypatch, capsys, tmp_path):
