@@ -913,8 +913,8 @@ def _write(path, write):
 def run_protocol(args):
     """Any command that looks at pictures -> its dict of shares."""
     text = args.command in ("zeroshot", "retrieval", "finetune")
-    known = args.arch, args.vocab, args.image_size, args.quick_gelu
-    model, tokenizer = load_model(args.checkpoint, *known, text)
+    origin = args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu
+    model, tokenizer = load_model(*origin, text)
     if tokenizer is None and args.command in ("zeroshot", "retrieval"):
         raise UserError(f"{args.command} needs captions, which {model.arch} never learnt: use knn or linear")
     if args.command in ("knn", "linear", "finetune") and args.val_data is None:
@@ -934,11 +934,11 @@ def run_protocol(args):
         return opened
 
     if args.command == "retrieval":
-        loading["split_captions"] = args.split_captions
-        return retrieval(model, tokenizer, source(args.data), device, **loading)
+        split = args.split_captions
+        return retrieval(model, tokenizer, source(args.data), device, split_captions=split, **loading)
     if args.command == "zeroshot":
-        loading |= dict(classnames=args.classnames, wnids=args.wnids, templates=args.templates)
-        return zeroshot(model, tokenizer, source(args.data), device, **loading)
+        names = dict(classnames=args.classnames, wnids=args.wnids, templates=args.templates)
+        return zeroshot(model, tokenizer, source(args.data), device, **names, **loading)
     train, test = source(args.data, train=True), source(args.val_data)
     if args.command == "knn":
         return knn(model, train, test, device, k=args.k, **loading)
@@ -952,9 +952,10 @@ def train_and_classify(args, model, tokenizer, train, test, others, device):
     """Fine-tuning, or MoCo v3's linear protocol -> accuracy on `test`, and on `others` by name."""
     for images in (test, *others.values()):
         class_labels(images, train.classes)  # what does not fit is said now, not hours later
-    out, frozen, head = getattr(args, "out", None), args.command == "linear", None
+    out, head = getattr(args, "out", None), None
     if out and not os.access(os.path.dirname(out) or ".", os.W_OK):
         raise UserError(f"--out {out}: its folder cannot be written")
+    frozen = args.command == "linear"
     protocol = "sgd" if frozen else "deit" if tokenizer is None else "wise-ft"
     if protocol == "wise-ft":  # the head starts from the zero-shot weights
         names, folders = zeroshot_classes(train, args.classnames)
