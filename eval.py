@@ -18,8 +18,10 @@ CLIP's for text also their vocabulary --vocab, and OpenAI's own --quick-gelu.
 """
 
 import argparse
+import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -48,13 +50,11 @@ import moco
 from data import UserError
 from scan import coreset, pruned_set
 
-# batch_size: global. lr: the peak, in MoCo's two for that batch size. warmup: in steps.
+# batch_size: global. lr: the peak, in MoCo's two for that batch size.
 RECIPES = {
-    "wise-ft": dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1),  # CLIP; 500 steps of warm-up
-    "deit": dict(
-        epochs=150, batch_size=1024, lr=1e-3, wd=0.05
-    ),  # MoCo v3's, but no stochastic depth; 5 epochs
-    "sgd": dict(epochs=90, batch_size=1024, lr=12.0, wd=0.0),  # MoCo v3's linear protocol; no warm-up
+    "wise-ft": dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1),  # CLIP
+    "deit": dict(epochs=150, batch_size=1024, lr=1e-3, wd=0.05),  # MoCo v3's, but no stochastic depth
+    "sgd": dict(epochs=90, batch_size=1024, lr=12.0, wd=0.0),  # MoCo v3's linear protocol
 }
 # MoCo v3's linear protocol looks at 224 of 256 pixels, whatever the model; torchvision's resize, bilinear
 LINCLS_LOOK = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR)
@@ -81,9 +81,7 @@ def load_checkpoint(path):
     """
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"  # what torch goes by
-        if zipped:
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if file.testzip() is not None:  # torch writes checksums, but does not look at them
                     raise ValueError("a checksum is wrong")
@@ -94,9 +92,8 @@ def load_checkpoint(path):
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # whatever torch and zipfile make of damaged bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(
-            f"{path}: not a whole checkpoint that loads with weights_only=True ({reason})"
-        ) from None
+        not_whole = "not a whole checkpoint that loads with weights_only=True"
+        raise UserError(f"{path}: {not_whole} ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds no state dict")
     return checkpoint
@@ -108,46 +105,31 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
     text: whether captions will be encoded, and the tokenizer must be known.
     """
     checkpoint, tokenizer = load_checkpoint(path), None
-    ours = {"model", "args", "tokenizer"} <= set(checkpoint)
-    if ours:
+    if {"model", "args", "tokenizer"} <= set(checkpoint):
         arch, image_size = (checkpoint["args"].get(name) for name in ("arch", "image_size"))
     elif not arch:
         raise UserError(f"{path}: not a checkpoint of train.py; for a state dict of others give its --arch")
-    else:
-        image_size = image_size or 224
     try:
         if arch in moco.ARCHS:
-            model = moco.create(arch, image_size)
+            model = moco.create(arch, image_size or 224)
         else:
             if text:
-                tokenizer = _tokenizer(path, checkpoint["tokenizer"] if ours else None, vocab)
+                tokenizer = _tokenizer(path, checkpoint.get("tokenizer"), vocab)
             size = tokenizer.vocab_size if text else len(_weights(checkpoint)["token_embedding.weight"])
-            model = clip_model.create(arch, image_size, size, quick_gelu=quick_gelu)
+            model = clip_model.create(arch, image_size or 224, size, quick_gelu=quick_gelu)
     except (KeyError, ValueError) as error:
         reason = f"its weights do not fit {arch} (no {error})" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: {reason}") from None
-    _fit(model, checkpoint, path)
+    load_weights(model, path, checkpoint)
     return model.eval(), tokenizer
 
 
-def load_weights(model, path):
+def load_weights(model, path, checkpoint=None):
     """Start `model` from weights of train.py, open_clip, timm (of MoCo, the backbone) or MoCo v3.
 
     Returns the name of the tokenizer that they were trained with; None if nothing says so.
     """
-    checkpoint = load_checkpoint(path)
-    _fit(model, checkpoint, path)
-    return checkpoint.get("tokenizer")
-
-
-def _weights(checkpoint):
-    """The state dict in a checkpoint, by its names in one process."""
-    weights = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    weights = weights if isinstance(weights, dict) else {}
-    return {str(name).removeprefix("module."): weight for name, weight in weights.items()}
-
-
-def _fit(model, checkpoint, path):
+    checkpoint = checkpoint or load_checkpoint(path)
     weights = _weights(checkpoint)
     if isinstance(model, moco.MoCo) and not any(name.startswith("base_encoder.") for name in weights):
         # timm's ViT is the backbone alone: both encoders start from it, what is behind them as it is
@@ -158,22 +140,27 @@ def _fit(model, checkpoint, path):
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()[:200]
-        raise UserError(
-            f"{path}: its weights do not fit {model.arch} at {model.image_size} px ({reason})"
-        ) from None
+        model = f"{model.arch} at {model.image_size} px"
+        raise UserError(f"{path}: its weights do not fit {model} ({reason})") from None
+    return checkpoint.get("tokenizer")
+
+
+def _weights(checkpoint):
+    """The state dict in a checkpoint, by its names in one process."""
+    weights = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    weights = weights if isinstance(weights, dict) else {}
+    return {str(name).removeprefix("module."): weight for name, weight in weights.items()}
 
 
 def _tokenizer(path, trained_with, vocab):
     if trained_with is None and not vocab:  # nothing in an open_clip state dict says what its tokens are
-        raise UserError(
-            f"{path}: an open_clip state dict needs --vocab (or --vocab hashed, if exported from here)"
-        )
+        need = "needs --vocab (or --vocab hashed, if exported from here)"
+        raise UserError(f"{path}: an open_clip state dict {need}")
     tokenizer = tokenizer_for(vocab)
     if trained_with not in (None, tokenizer.name):
         hint = "give its --vocab" if trained_with.startswith("bpe") else "leave --vocab out"
-        raise UserError(
-            f"{path} was trained with the tokenizer {trained_with!r}, not {tokenizer.name!r}: {hint}"
-        )
+        said = f"was trained with the tokenizer {trained_with!r}, not {tokenizer.name!r}"
+        raise UserError(f"{path} {said}: {hint}")
     return tokenizer
 
 
@@ -198,27 +185,20 @@ def image_features(model, source, device, *, encode=None, ids=None, look=None, b
     pictures = data.Pictures(source, data.eval_transform(model.image_size, **look))
     options = dict(num_workers=workers, pin_memory=device.type == "cuda")
     loader = DataLoader(pictures, batch_size, sampler=ids[rank::world], **options)
-    parts = []
-    for _, images in loader:
+    parts = [torch.empty(0, device=device)]  # a rank may have no picture at all
+    for done, (_, images) in enumerate(loader, 1):
         parts.append(encode(model.normalize(images.to(device, non_blocking=True))).float())
-        progress(f"images {min(world * batch_size * len(parts), len(ids)):,} / {len(ids):,}")
+        progress(f"images {min(world * batch_size * done, len(ids)):,} / {len(ids):,}")
     progress("")
-    return _interleave(torch.cat(parts) if parts else None, len(ids), device)
-
-
-def _interleave(features, n, device):
-    """Rows rank::world of each rank -> all n rows, on the CPU of every rank."""
-    _, world = _ranks()
+    mine = torch.cat(parts).cpu()
     if world == 1:
-        return features.cpu()
-    width = torch.tensor(0 if features is None else features.shape[1], device=device)
-    dist.all_reduce(width, dist.ReduceOp.MAX)  # a rank may have no picture at all
-    mine = torch.zeros(-(-n // world), int(width), device=device)
-    if features is not None:
-        mine[: len(features)] = features
-    everyone = mine.new_empty(world, *mine.shape)
-    dist.all_gather(list(everyone), mine)
-    return everyone.transpose(0, 1).flatten(0, 1)[:n].cpu()
+        return mine
+    everyone = [None] * world
+    dist.all_gather_object(everyone, mine)
+    features = torch.empty(len(ids), *everyone[0].shape[1:])
+    for k in range(min(world, len(ids))):
+        features[k::world] = everyone[k]
+    return features
 
 
 @torch.no_grad()
@@ -236,28 +216,26 @@ def text_features(model, tokenizer, texts, device, batch_size=256):
 # ---------------------------------------------------------------- classes
 
 
-_WNID = re.compile(r"n\d{8}")
-
-
 def class_labels(source, folders):
     """Labels (N,) of a source among classes known by their `folders` -> (labels, classes to rank or None).
 
     Numbers as folder names are positions (ImageNet-V2). A source with some of the wnids only (ImageNet-R) is
     ranked among these.
     """
-    if source.labels is None:
-        raise UserError("the data have no classes: use class folders, or name their --label-key")
     if source.classes == folders:
         return torch.as_tensor(source.labels), None
     position = {name: k for k, name in enumerate(folders)}
     if all(name.isdecimal() for name in source.classes) and not set(source.classes) <= set(folders):
         position = {name: int(name) for name in source.classes if int(name) < len(folders)}
-    unknown = [name for name in source.classes if name not in position]
-    if unknown:
-        raise UserError(f"class {unknown[0]!r} of the data is none of the {len(folders)} classes known")
+    for name in source.classes:
+        if name not in position:
+            raise UserError(f"class {name!r} of the data is none of the {len(folders)} classes known")
     mine = torch.tensor([position[name] for name in source.classes])
-    some_wnids = all(_WNID.fullmatch(name) for name in source.classes)
-    return mine[torch.as_tensor(source.labels)], mine if some_wnids else None
+    return mine[torch.as_tensor(source.labels)], mine if _are_wnids(source.classes) else None
+
+
+def _are_wnids(names):
+    return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 def zeroshot_classes(source, classnames=None, wnids=None):
@@ -266,21 +244,17 @@ def zeroshot_classes(source, classnames=None, wnids=None):
     classnames: a list in the order of the classes, "imagenet" for torchvision's names, or None: the folders'
     own names, but torchvision's for ImageNet's 1000 wnids. wnids: ImageNet's 1000, in order.
     """
-    if source.labels is None:
-        raise UserError("the data have no classes: use class folders, or name their --label-key")
     folders = wnids or source.classes
-    numbers = all(name.isdecimal() for name in folders)
-    are_wnids = all(_WNID.fullmatch(name) for name in folders)
+    numbers, are_wnids = all(name.isdecimal() for name in folders), _are_wnids(folders)
     if classnames is None and numbers:
         raise UserError("the classes are numbers: give --classnames (imagenet, for ImageNet-V2)")
     if classnames is None and are_wnids and len(folders) != 1000:
         raise UserError(f"{len(folders)} wnids: give the order of all 1000 with --wnids, or --classnames")
-    names = classnames
+    names = classnames or folders
     if classnames == "imagenet" or classnames is None and are_wnids:
         names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
     if numbers:
-        return names, [str(k) for k in range(len(names))]
-    names = names or folders
+        folders = [str(k) for k in range(len(names))]
     if len(names) != len(folders):
         hint = "; give the order of all wnids with --wnids" if are_wnids and not wnids else ""
         raise UserError(f"--classnames has {len(names)} names, for {len(folders)} classes{hint}")
@@ -292,11 +266,12 @@ def accuracy(scores, labels, ranked=None):
     if ranked is not None:
         scores = torch.full_like(scores, -math.inf).index_copy_(1, ranked, scores[:, ranked])
     hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (N, 5)
-    per_class = [hits[labels == label, 0].double().mean() for label in labels.unique()]
+    seen = labels.bincount()
+    per_class = labels.bincount(hits[:, 0].double())[seen > 0] / seen[seen > 0]
     return {
         "top1": hits[:, 0].double().mean().item(),
         "top5": hits.any(1).double().mean().item(),
-        "balanced": torch.stack(per_class).mean().item(),
+        "balanced": per_class.mean().item(),
         "n": len(labels),
     }
 
@@ -304,15 +279,12 @@ def accuracy(scores, labels, ranked=None):
 # ---------------------------------------------------------------- protocols that train nothing, or one layer
 
 
-def zeroshot_classifier(model, tokenizer, names, templates, device):
+def zeroshot_classifier(model, tokenizer, source, names, templates, device):
     """(classes, d) unit vectors: per class the mean of its prompts' unit embeddings."""
+    templates = templates or getattr(source, "templates", ["a photo of a {}."])
     prompts = [template.replace("{}", name) for name in names for template in templates]
     per_class = text_features(model, tokenizer, prompts, device).view(len(names), len(templates), -1)
     return F.normalize(per_class.mean(1), dim=-1)
-
-
-def _prompts(source, templates):
-    return templates or getattr(source, "templates", ["a photo of a {}."])
 
 
 def zeroshot(model, tokenizer, source, device, *, classnames=None, wnids=None, templates=None, **loading):
@@ -322,7 +294,7 @@ def zeroshot(model, tokenizer, source, device, *, classnames=None, wnids=None, t
     """
     names, folders = zeroshot_classes(source, classnames, wnids)
     labels, ranked = class_labels(source, folders)
-    classifier = zeroshot_classifier(model, tokenizer, names, _prompts(source, templates), device)
+    classifier = zeroshot_classifier(model, tokenizer, source, names, templates, device)
     images = F.normalize(image_features(model, source, device, **loading), dim=-1)
     return {"protocol": "zero-shot"} | accuracy(images @ classifier.T, labels, ranked)
 
@@ -340,9 +312,9 @@ def retrieval(model, tokenizer, source, device, *, split_captions=False, chunk=1
             caption = source.caption(i)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{source.where(i)}: no caption ({error})") from None
-        lines = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
-        texts += lines
-        owners += [owner] * len(lines)
+        several = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
+        texts += several
+        owners += [owner] * len(several)
     owners = torch.tensor(owners)
     images = F.normalize(image_features(model, source, device, ids=firsts, **loading), dim=-1)
     texts = text_features(model, tokenizer, texts, device)
@@ -422,14 +394,15 @@ class Classifier(nn.Module):
     def __init__(self, model, classes, frozen, zeroshot_head=None):
         super().__init__()
         self.model, self.frozen, self.unit = model, frozen, zeroshot_head is not None
-        archs = moco.ARCHS if model.arch in moco.ARCHS else clip_model.ARCHS
-        self.head = nn.Linear(archs[model.arch].get("width") or archs[model.arch]["embed_dim"], classes)
+        is_moco = isinstance(model, moco.MoCo)
+        width = moco.ARCHS[model.arch]["width"] if is_moco else clip_model.ARCHS[model.arch]["embed_dim"]
+        self.head = nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         if self.unit:
             self.head.weight.data.copy_(zeroshot_head)
         model.requires_grad_(False)  # but the image tower, without MoCo's projector
-        if not frozen and model.arch in moco.ARCHS:
+        if not frozen and is_moco:
             model.base_encoder.requires_grad_(True).head.requires_grad_(False)
         elif not frozen:
             model.visual.requires_grad_(True)
@@ -461,11 +434,12 @@ def augmentation(protocol, size):
     smallest = 0.9 if protocol == "wise-ft" else 0.08
     steps = [v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=how)]
     if protocol != "wise-ft":
-        steps.append(v2.RandomHorizontalFlip())
+        steps += [v2.RandomHorizontalFlip()]
     if protocol == "deit":
-        steps += [v2.RandAugment(2, 9), v2.PILToTensor(), v2.RandomErasing(0.25)]
-    else:
-        steps.append(v2.PILToTensor())
+        steps += [v2.RandAugment(2, 9)]
+    steps += [v2.PILToTensor()]
+    if protocol == "deit":
+        steps += [v2.RandomErasing(0.25)]
     return v2.Compose(steps), math.ceil(size / math.sqrt(smallest))
 
 
@@ -501,10 +475,10 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
     batch_size = min(batch_size, len(dataset)) // world
     if batch_size * world < 2:
         raise UserError(f"{len(dataset)} samples are too few to train on with {world} rank(s)")
-    deit, cuda, ragged = protocol == "deit", device.type == "cuda", protocol == "sgd"
-    sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=not ragged)
+    deit, cuda, whole = protocol == "deit", device.type == "cuda", protocol != "sgd"
+    sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=whole)
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=cuda)
-    loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=not ragged, **options)
+    loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=whole, **options)
     mixes = [(v2.MixUp, 0.8), (v2.CutMix, 1.0)]
     mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(train.classes)) for kind, alpha in mixes])
     optimizer, module = make_optimizer(classifier, protocol, lr, wd), classifier
@@ -545,7 +519,8 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
             mean /= world
         if not mean.isfinite():
             raise UserError(f"loss not finite in epoch {epoch}: a lower --lr may help")
-        say(f"epoch {epoch:>3}/{epochs}  loss {mean:.4f}  {time.monotonic() - began:.1f} s")
+        if rank == 0:
+            print(f"epoch {epoch:>3}/{epochs}  loss {mean:.4f}  {time.monotonic() - began:.1f} s", flush=True)
     share_buffers(classifier)
 
 
@@ -588,17 +563,17 @@ tokenizer makes of a text means nothing to it: scores as by chance. Give it thes
 
 def loading_line(model, path):
     """Python that loads the exported weights elsewhere."""
-    size, file = model.image_size, json.dumps(str(path))
-    if model.arch in OPEN_CLIP:
-        return f'model = open_clip.create_model("{OPEN_CLIP[model.arch]}", {file}, force_image_size={size})'
-    create = f'clip_model.create("{model.arch}", {size})  # not in open_clip'
-    if model.arch in TIMM:
-        create = f'timm.create_model("{TIMM[model.arch]}", num_heads=12, img_size={size}, num_classes=0)'
-    elif model.arch in moco.ARCHS:
-        create = (
-            "timm.models.VisionTransformer(img_size={}, num_classes=0, embed_dim={width}, depth={layers}, "
-            "num_heads={heads}, patch_size={patch})".format(size, **moco.ARCHS[model.arch])
-        )
+    arch, size, file = model.arch, model.image_size, json.dumps(str(path))
+    if arch in OPEN_CLIP:
+        return f'model = open_clip.create_model("{OPEN_CLIP[arch]}", {file}, force_image_size={size})'
+    if arch in TIMM:
+        create = f'timm.create_model("{TIMM[arch]}", num_heads=12, img_size={size}, num_classes=0)'
+    elif arch in moco.ARCHS:
+        shape = "embed_dim={width}, depth={layers}, num_heads={heads}, patch_size={patch}"
+        shape = shape.format(**moco.ARCHS[arch])
+        create = f"timm.models.VisionTransformer(img_size={size}, num_classes=0, {shape})"
+    else:
+        create = f'clip_model.create("{arch}", {size})  # not in open_clip'
     return f"model = {create}\nmodel.load_state_dict(torch.load({file}))"
 
 
@@ -615,26 +590,34 @@ def run_export(args):
 # ---------------------------------------------------------------- what SCAN found: coresets, suspects
 
 
-def make_coreset(runs, prune):
-    """Run folders or checkpoints -> (kept ids, rows of the overlap table (Table 5))."""
-    checkpoints = [_run(run) for run in runs]
-    for run, checkpoint in zip(runs, checkpoints, strict=True):
+def run_coreset(args):
+    checkpoints = [_run(run) for run in args.runs]
+    for run, checkpoint in zip(args.runs, checkpoints, strict=True):
         if checkpoint["data"] != checkpoints[0]["data"]:
-            raise UserError(f"{run} was trained on other data than {runs[0]}: no coreset of both")
+            raise UserError(f"{run} was trained on other data than {args.runs[0]}: no coreset of both")
     states = [checkpoint["scan"] for checkpoint in checkpoints]
-    pruned = [pruned_set(state, prune) for state in states]
+    kept = coreset(states, args.prune)
+    _write(args.out, lambda file: np.save(file, kept.numpy()))
 
-    def overlap(members):
-        """IoU of the kept and of the pruned sets, each with what sets drawn at random would have."""
-        row, left_out = {}, torch.stack([pruned[m] for m in members])
-        for kind, share, sets in (("kept", 1 - prune, ~left_out), ("pruned", prune, left_out)):
-            row[kind] = sets.all(0).sum().item() / max(sets.any(0).sum().item(), 1)
-            row[f"{kind}_chance"] = share ** len(members) / max(1 - (1 - share) ** len(members), 1e-12)
-        return row
+    pruned, everyone, overlaps = [pruned_set(state, args.prune) for state in states], range(len(states)), []
+    groups = [*itertools.combinations(everyone, 2), *[tuple(everyone)] * (len(states) > 2)]
+    print(f"{'overlap (IoU) of':<40} {'kept':>7} {'chance':>7} {'pruned':>7} {'chance':>7}")
+    for group in groups:
+        row = overlap(torch.stack([pruned[k] for k in group]), args.prune)
+        runs = [args.runs[k] for k in group]
+        name = " + ".join(runs) if len(runs) < 3 else f"all {len(runs)}"
+        print(f"{name[-40:]:<40} " + " ".join(f"{value:7.3f}" for value in row.values()))
+        overlaps.append({"runs": runs} | {k: round(v, 4) for k, v in row.items()})
+    return {"out": args.out, "kept": len(kept), "prune": args.prune, "overlap": overlaps}
 
-    everyone = range(len(runs))
-    groups = [(a, b) for a in everyone for b in everyone if a < b] + [tuple(everyone)] * (len(runs) > 2)
-    return coreset(states, prune), [([runs[m] for m in group], overlap(group)) for group in groups]
+
+def overlap(pruned, prune):
+    """Masks (runs, N) -> IoU of the kept and of the pruned sets, each with that of random sets (Table 5)."""
+    row = {}
+    for kind, rho, sets in (("kept", 1 - prune, ~pruned), ("pruned", prune, pruned)):
+        row[kind] = sets.all(0).sum().item() / max(sets.any(0).sum().item(), 1)
+        row[f"{kind}_chance"] = rho ** len(sets) / max(1 - (1 - rho) ** len(sets), 1e-12)
+    return row
 
 
 def _run(path):
@@ -647,87 +630,60 @@ def _run(path):
     return checkpoint
 
 
-def run_coreset(args):
-    kept, overlaps = make_coreset(args.runs, args.prune)
-    _write(args.out, lambda file: np.save(file, kept.numpy()))
-    print(f"{'overlap (IoU) of':<40} {'kept':>7} {'chance':>7} {'pruned':>7} {'chance':>7}")
-    for runs, row in overlaps:
-        name = " + ".join(runs) if len(runs) < 3 else f"all {len(runs)}"
-        print(f"{name[-40:]:<40} " + " ".join(f"{value:7.3f}" for value in row.values()))
-    overlap = [{"runs": runs} | {k: round(v, 4) for k, v in row.items()} for runs, row in overlaps]
-    return {"out": args.out, "kept": len(kept), "prune": args.prune, "overlap": overlap}
-
-
-def find_suspects(state, most):
-    """`Scan.state_dict()` -> [(id, kind, rounds marked, mean quantile of the loss)], ill-matched first.
-
-    Each kind from the most extreme quantile on, at most `most`. A sample is of the kind that it was marked as
-    more often.
-    """
-    quantile, ill = state["quantile"].float(), state["ill_counts"].int()
-    redundant = state["counts"].int() - ill
-    rows = []
-    for kind, counts, mine, order in (
-        ("ill-matched", ill, ill >= redundant, -quantile),
-        ("redundant", redundant, ill < redundant, quantile),
-    ):
-        ids = (mine & (counts > 0)).nonzero().flatten()
-        ids = ids[order[ids].argsort(stable=True)[:most]]
-        rows += [(i, kind, int(counts[i]), float(quantile[i])) for i in ids.tolist()]
-    return rows
-
-
 def run_suspects(args):
+    """A CSV of what a run marked: ill-matched samples, then redundant ones, the most extreme quantile first.
+
+    A sample is of the kind that it was marked as more often.
+    """
     checkpoint = _run(args.checkpoint)
     trained, scan = checkpoint["args"], checkpoint["scan"]
     captions = trained["arch"] in clip_model.ARCHS
-    keys = {f"{key}_key": trained[name] for key, name in (("image", "img_key"), ("caption", "caption_key"))}
+    keys = dict(image_key=trained["img_key"], caption_key=trained["caption_key"])
     spec = args.data or trained["data"]
     source = data.open_source(spec, size=trained["image_size"], captions=captions, **keys)
     dataset = data.Samples(source, 0)
     if captions:
         dataset = data.Pairs(source, None, trained["image_size"], mismatch=trained["mismatch"])
     if dataset.fingerprint() != checkpoint["data"]["hash"]:
-        raise UserError(
-            f"{spec}: not the data that {args.checkpoint} was trained on; say where they are: --data"
-        )
-    suspects = find_suspects(scan, int(args.share * len(source)))
+        raise UserError(f"{spec}: not the data that {args.checkpoint} was trained on: give those, by --data")
 
-    def caption(i):
-        try:
-            return dataset.caption(i) if captions else ""
-        except (ValueError, OSError):  # it was never trained on
-            return ""
+    quantile, ill = scan["quantile"].float(), scan["ill_counts"].int()
+    redundant, most, found = scan["counts"].int() - ill, int(args.share * len(source)), {}
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["id", "where", "caption", "kind", "marked", "rounds", "quantile"])
+    for kind, marked, mine, order in (
+        ("ill_matched", ill, ill >= redundant, -quantile),
+        ("redundant", redundant, ill < redundant, quantile),
+    ):
+        ids = (mine & (marked > 0)).nonzero().flatten()
+        found[kind] = ids[order[ids].argsort(stable=True)[:most]].tolist()
+        for i in found[kind]:
+            caption = ""
+            if captions:
+                with contextlib.suppress(ValueError, OSError):  # of one that was never trained on
+                    caption = dataset.caption(i)
+            row = [i, source.where(i), caption, kind.replace("_", "-"), int(marked[i]), scan["rounds"]]
+            table.writerow([*row, round(float(quantile[i]), 4)])
+    _write(args.out, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
 
-    def write(file):
-        text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True)
-        table = csv.writer(text)
-        table.writerow(["id", "where", "caption", "kind", "marked", "rounds", "quantile"])
-        for i, kind, marked, quantile in suspects:
-            row = [i, source.where(i), caption(i), kind, marked, scan["rounds"], round(quantile, 4)]
-            table.writerow(row)
-
-    _write(args.out, write)
-    ill = [i for i, kind, *_ in suspects if kind == "ill-matched"]
-    result = {"out": args.out, "ill_matched": len(ill), "redundant": len(suspects) - len(ill)}
+    result = {"out": args.out} | {kind: len(ids) for kind, ids in found.items()}
     planted = dataset.truth.get("ill_matched")
-    if planted is not None and planted.any():
-        for first in (0.05, 0.1, 0.15):
-            found = planted[ill[: int(first * len(source))]]
-            precision, recall = float(found.sum() / max(len(found), 1)), float(found.sum() / planted.sum())
-            print(f"first {first:4.0%}  precision {precision:6.1%}  recall {recall:6.1%}")
-            result[f"first_{first:g}"] = {"precision": precision, "recall": recall}
+    for first in (0.05, 0.1, 0.15) if planted is not None and planted.any() else ():
+        hits = planted[found["ill_matched"][: int(first * len(source))]]
+        precision, recall = float(hits.sum() / max(len(hits), 1)), float(hits.sum() / planted.sum())
+        print(f"first {first:4.0%}  precision {precision:6.1%}  recall {recall:6.1%}")
+        result[f"first_{first:g}"] = {"precision": precision, "recall": recall}
     return result
 
 
 # ---------------------------------------------------------------- ranks, devices, and lines for the user
 
 
-def start_ranks(device_flag):
+def start_ranks(kind):
     """-> rank, world size, device; from torchrun's environment, or one process without it."""
     defaults = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     rank, world, local = (int(os.environ.get(name, default)) for name, default in defaults)
-    kind = device_flag
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and local >= torch.cuda.device_count():
@@ -752,9 +708,7 @@ def start_ranks(device_flag):
 
 def _ranks():
     """-> rank, world size."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def precision(asked, device):
@@ -776,12 +730,6 @@ def progress(text):
     if _ranks()[0] == 0 and sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1  # a longer one would wrap, and not be overwritten
         print(f"\r{text[:width]:<{width}}", end="" if text else "\r", file=sys.stderr, flush=True)
-
-
-def say(text):
-    """A line of rank 0."""
-    if _ranks()[0] == 0:
-        print(text, flush=True)
 
 
 def one_line_warnings(program):
@@ -833,36 +781,25 @@ class Parser(argparse.ArgumentParser):
         fail(self.prog, message, 2)
 
 
-def _number(text, kind, ok, what):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not ok(value):
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
-    return value
+def _number(kind, least, most, what):
+    """What argparse calls for a flag's text."""
+
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return number
 
 
-# What flags take: `type=` of argparse
-def share(text):
-    return _number(text, float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
-
-
-def natural(text):
-    return _number(text, int, lambda x: 1 <= x < 2**31, "a whole number of at least 1")
-
-
-def count(text):
-    return _number(text, int, lambda x: 0 <= x < 2**63, "a whole number of at least 0")
-
-
-def finite(text):
-    return _number(text, float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-
-
-def by_recipe(name, protocols):
-    """What --help says of a default that depends on the recipe."""
-    return "default: " + ", ".join(f"{RECIPES[p][name]:g} ({p})" for p in protocols)
+share = _number(float, 0, 1, "a share between 0 and 1")
+natural = _number(int, 1, 2**31 - 1, "a whole number of at least 1")
+count = _number(int, 0, 2**63 - 1, "a whole number of at least 0")
+finite = _number(float, 0, sys.float_info.max, "a finite number of at least 0")
 
 
 ABOUT = {
@@ -877,6 +814,33 @@ ABOUT = {
 }
 
 
+def lines(path):
+    """What argparse calls for a file of texts, one a line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
+        raise argparse.ArgumentTypeError(f"{path}: is empty")
+    return found
+
+
+def classnames(text):
+    return text if text == "imagenet" else lines(text)
+
+
+def wnids(path):
+    return data.Tree(path).classes if os.path.isdir(path) else lines(path)
+
+
+def templates(path):
+    found = lines(path)
+    if not all("{}" in template for template in found):
+        raise argparse.ArgumentTypeError(f"{path}: every line needs a {{}} for the class name")
+    return found
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -888,8 +852,8 @@ def parse_args(argv=None):
         add("--image-size", type=natural, help="of a state dict of others; default: 224")
         add("--quick-gelu", action="store_true", help="for OpenAI's own weights")
         add("--vocab", help="bpe_simple_vocab_16e6.txt.gz, if the model was trained with it")
-    for name in ("zeroshot", "retrieval", "knn", "linear", "finetune"):
-        add = p[name].add_argument
+        if name == "export":
+            continue
         given = dict(required=True) if name == "retrieval" else dict(default="shapes")
         add("--data", **given, help="shapes[:N], tar shards, .csv/.tsv, class folders, cifar10[:DIR]")
         add("--img-key", default="filepath", help="column of a CSV")
@@ -898,27 +862,26 @@ def parse_args(argv=None):
         add("--download", action="store_true", help="fetch CIFAR if it is missing")
         add("--workers", type=count, default=loading_processes(), help="loading processes per rank")
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda or cpu")
-    for name in ("zeroshot", "retrieval", "knn"):
-        p[name].add_argument("--batch-size", type=natural, default=256, help="pictures per rank")
-    for name in ("knn", "linear", "finetune"):
-        p[name].add_argument("--val-data", help="what is classified (--data: what is learnt from)")
-    for name in ("zeroshot", "finetune"):
+        if name in ("zeroshot", "retrieval", "knn"):
+            add("--batch-size", type=natural, default=256, help="pictures per rank")
+        if name in ("knn", "linear", "finetune"):
+            add("--val-data", help="what is classified (--data: what is learnt from)")
+        if name in ("zeroshot", "finetune"):
+            about = "file, one a line, in the order of the classes; imagenet: torchvision's"
+            add("--classnames", type=classnames, help=about)
+            about = 'file, one a line, {} for the name; default: "a photo of a {}."'
+            add("--templates", type=templates, help=about)
+    rates = "3 x batch / 256 (sgd)", "3e-5 (wise-ft), 2.5e-4 x batch / 256 (deit)"
+    for name, recipes, rate in (("linear", ["sgd"], rates[0]), ("finetune", ["wise-ft", "deit"], rates[1])):
         add = p[name].add_argument
-        add("--classnames", help="file, one a line, in the order of the classes; imagenet: torchvision's")
-        add("--templates", help='file, one a line, {} for the name; default: "a photo of a {}."')
-    for name, recipes in (("linear", ["sgd"]), ("finetune", ["wise-ft", "deit"])):
-        add = p[name].add_argument
-        add("--epochs", type=natural, help=by_recipe("epochs", recipes))
-        add("--batch-size", type=natural, help=f"over all ranks; {by_recipe('batch_size', recipes)}")
-        per_256 = {
-            "sgd": "3 x batch / 256",
-            "wise-ft": "3e-5 (wise-ft)",
-            "deit": "2.5e-4 x batch / 256 (deit)",
-        }
-        add("--lr", type=finite, help="peak; default: " + ", ".join(per_256[p] for p in recipes))
-        add("--wd", type=finite, help=f"weight decay; {by_recipe('wd', recipes)}")
+        by_recipe = {k: ", ".join(f"{RECIPES[r][k]:g} ({r})" for r in recipes) for k in RECIPES["sgd"]}
+        add("--epochs", type=natural, help=f"default: {by_recipe['epochs']}")
+        add("--batch-size", type=natural, help=f"over all ranks; default: {by_recipe['batch_size']}")
+        add("--lr", type=finite, help=f"peak; default: {rate}")
+        add("--wd", type=finite, help=f"weight decay; default: {by_recipe['wd']}")
         add("--seed", type=count, default=0, help="of the order, the augmentation and a new head")
-    p["zeroshot"].add_argument("--wnids", help="the 1000 in order: a file, one a line, or an ImageNet tree")
+    about = "the 1000 in order: a file, one a line, or an ImageNet tree"
+    p["zeroshot"].add_argument("--wnids", type=wnids, help=about)
     p["retrieval"].add_argument("--split-captions", action="store_true", help="each line is a caption")
     p["knn"].add_argument("--k", type=natural, default=20, help="neighbours that vote")
     about = "lbfgs: logistic regression on features of centre crops; sgd: MoCo v3's, with augmentation"
@@ -939,35 +902,6 @@ def parse_args(argv=None):
     return args
 
 
-def _lines(path, flag):
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not lines:
-        raise UserError(f"{flag} {path}: is empty")
-    return lines
-
-
-def _wnids(args):
-    if args.wnids and os.path.isdir(args.wnids):
-        return data.Tree(args.wnids).classes
-    return _lines(args.wnids, "--wnids") if args.wnids else None
-
-
-def _classnames(args):
-    known = args.classnames in (None, "imagenet")
-    return args.classnames if known else _lines(args.classnames, "--classnames")
-
-
-def _templates(args):
-    templates = _lines(args.templates, "--templates") if args.templates else None
-    if not all("{}" in template for template in templates or ()):
-        raise UserError(f"--templates {args.templates}: every line needs a {{}} for the class name")
-    return templates
-
-
 def _write(path, write):
     try:
         with open(path, "wb") as file:
@@ -979,8 +913,8 @@ def _write(path, write):
 def run_protocol(args):
     """Any command that looks at pictures -> its dict of shares."""
     text = args.command in ("zeroshot", "retrieval", "finetune")
-    known = dict(arch=args.arch, vocab=args.vocab, image_size=args.image_size, quick_gelu=args.quick_gelu)
-    model, tokenizer = load_model(args.checkpoint, text=text, **known)
+    origin = args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu
+    model, tokenizer = load_model(*origin, text)
     if tokenizer is None and args.command in ("zeroshot", "retrieval"):
         raise UserError(f"{args.command} needs captions, which {model.arch} never learnt: use knn or linear")
     if args.command in ("knn", "linear", "finetune") and args.val_data is None:
@@ -1003,7 +937,7 @@ def run_protocol(args):
         split = args.split_captions
         return retrieval(model, tokenizer, source(args.data), device, split_captions=split, **loading)
     if args.command == "zeroshot":
-        names = dict(classnames=_classnames(args), wnids=_wnids(args), templates=_templates(args))
+        names = dict(classnames=args.classnames, wnids=args.wnids, templates=args.templates)
         return zeroshot(model, tokenizer, source(args.data), device, **names, **loading)
     train, test = source(args.data, train=True), source(args.val_data)
     if args.command == "knn":
@@ -1018,14 +952,15 @@ def train_and_classify(args, model, tokenizer, train, test, others, device):
     """Fine-tuning, or MoCo v3's linear protocol -> accuracy on `test`, and on `others` by name."""
     for images in (test, *others.values()):
         class_labels(images, train.classes)  # what does not fit is said now, not hours later
-    out, frozen, head = getattr(args, "out", None), args.command == "linear", None
+    out, head = getattr(args, "out", None), None
     if out and not os.access(os.path.dirname(out) or ".", os.W_OK):
         raise UserError(f"--out {out}: its folder cannot be written")
+    frozen = args.command == "linear"
     protocol = "sgd" if frozen else "deit" if tokenizer is None else "wise-ft"
     if protocol == "wise-ft":  # the head starts from the zero-shot weights
-        names, folders = zeroshot_classes(train, _classnames(args))
+        names, folders = zeroshot_classes(train, args.classnames)
         names = [names[folders.index(folder)] for folder in train.classes]
-        head = zeroshot_classifier(model, tokenizer, names, _prompts(train, _templates(args)), device)
+        head = zeroshot_classifier(model, tokenizer, train, names, args.templates, device)
         head *= model.logit_scale.exp().item()
     recipe = dict(RECIPES[protocol])
     recipe |= {name: getattr(args, name) for name in recipe if getattr(args, name) is not None}
@@ -1039,11 +974,9 @@ def train_and_classify(args, model, tokenizer, train, test, others, device):
         _write(out, lambda file: torch.save(state, file))
     loading = dict(workers=args.workers, look=LINCLS_LOOK if frozen else None)
     result = {"protocol": protocol} | classify(classifier, test, train.classes, device, **loading)
-    if others:
-        tests = others.items()
-        result["test"] = {
-            k: classify(classifier, images, train.classes, device, **loading) for k, images in tests
-        }
+    for spec, images in others.items():
+        scores = classify(classifier, images, train.classes, device, **loading)
+        result.setdefault("test", {})[spec] = scores
     return result
 
 
@@ -1058,10 +991,10 @@ def _print_scores(result, indent="  "):
 
 
 def main(argv=None):
-    args = parse_args(argv)
     one_line_warnings("eval.py")
-    on_files = {"export": run_export, "coreset": run_coreset, "suspects": run_suspects}.get(args.command)
     try:
+        args = parse_args(argv)
+        on_files = {"export": run_export, "coreset": run_coreset, "suspects": run_suspects}.get(args.command)
         if on_files is None:
             result = run_protocol(args)
             if _ranks()[0] == 0:
