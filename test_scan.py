@@ -1073,14 +1073,12 @@ def test_shards_are_read_by_position(tmp_path):
     assert joined.fingerprint() != data.open_source(f"{tmp_path}/00002.tar::{tmp_path}/3.tar").fingerprint()
 
 
-def test_index_follows_its_tar_and_is_never_unpickled(tmp_path):
+def test_an_index_follows_its_tar_and_damage_to_it_shows(tmp_path):
     path = shard(tmp_path / "a.tar", 0, 3)
     assert len(data.open_source(path)) == 3
     (cache,) = (tmp_path / "cache" / "scan").iterdir()
     whole = cache.read_bytes()
-    np.save(cache, np.array([{"evil": 1}], dtype=object), allow_pickle=True)
-    assert len(data.open_source(path)) == 3 and cache.read_bytes() == whole  # indexed anew
-    cache.write_bytes(whole[:140] + b"\7" + whole[141:])
+    cache.write_bytes(whole[:100] + b"\7" + whole[101:])
     assert data.open_source(path).caption(0) == "caption 0" and cache.read_bytes() == whole
     old = data.open_source(path)
     shard(tmp_path / "a.tar", 5, 4)
@@ -1092,7 +1090,7 @@ def test_index_follows_its_tar_and_is_never_unpickled(tmp_path):
 def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monkeypatch, capsys):
     paths = [shard(tmp_path / f"{k}.tar", 10 * k, 2) for k in range(4)]
     opened, index = [], data._tar_index
-    monkeypatch.setattr(data, "_tar_index", lambda path, status: opened.append(path) or index(path, status))
+    monkeypatch.setattr(data, "_tar_index", lambda path: opened.append(path) or index(path))
     monkeypatch.setenv("LOCAL_RANK", "1"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     second = data.open_source(str(tmp_path / "*.tar"))
     assert opened == [paths[k] for k in (2, 3, 0, 1)]
@@ -1155,10 +1153,10 @@ def test_plain_tars_are_indexed_as_tarfile_reads_them(tmp_path, form):
         file.seek(0)
         assert [(name, file.seek(at) and file.read(size)) for name, at, size in found] == members
         if plain:
-            assert list(data._plain_members(file.fileno())) == found
+            assert list(data._plain_members(file)) == found
         else:
             with pytest.raises(ValueError):
-                list(data._plain_members(file.fileno()))
+                list(data._plain_members(file))
     source = data.open_source(path)
     assert [source._read(i, part) for i in range(5) for part in (0, 1)] == [content for _, content in members]
 
@@ -1221,7 +1219,7 @@ def test_unusual_headers_are_read_as_tarfile_does_or_refused(tmp_path, unusual):
         except (tarfile.TarError, ValueError):
             expected = None
         try:
-            assert list(data._plain_members(file.fileno())) == expected
+            assert list(data._plain_members(file)) == expected
         except ValueError:
             pass  # left to tarfile
 
@@ -1464,7 +1462,6 @@ BOMB[16:24] = (10_000).to_bytes(4, "big") * 2
 BOMB[29:33] = zlib.crc32(BOMB[12:29]).to_bytes(4, "big")
 FLIPPED = bytearray(png("red"))
 FLIPPED[-20] ^= 1  # in the checksum of the pixels
-DEEP = b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (b"", (".txt", b"x"), "no picture, but 0 bytes"),
     (b"words", (".txt", b"x"), "no picture, but 5 bytes: b'words'"),
@@ -1488,7 +1485,6 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (png("red"), (".json", b'{"text": "x"}'), 'no text under "caption"'),
     (png("red"), (".json", b'{"caption": "\\ud800"}'), "not UTF-8"),
     (png("red"), (".json", b"{"), ".json can't be read"),
-    (png("red"), (".json", DEEP), ".json can't be read"),
     (png("red"), (".json", b"\xff\xfe"), ".json can't be read"),
     (png("red"), (".cls", b"1"), "neither a .txt nor a .json"),
 ]  # fmt: skip
@@ -1628,8 +1624,6 @@ def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path, form, monkeypa
             assert tuple(image[:, 0, 0].tolist()) in colours, seed  # PNG's checksums let nothing else through
             replaced += failed == i
         read += 1
-        for file in source._files.values():
-            os.close(file)
     assert min(read, refused, replaced) > 3 * FUZZ
 
 
