@@ -1038,6 +1038,22 @@ def test_evaluation_sees_the_middle():
 # ---------------------------------------------------------------- data.py: sources
 
 
+def refused(path, message, **options):
+    """open_source says what is wrong, in one line."""
+    with pytest.raises(data.UserError, match=message) as error:
+        data.open_source(str(path), **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def seconds():
+    """Ten, for what might wait for a pipe or never end; then no Exception, which a dataset would catch."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("still not done"))
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+
+
 def write_tar(path, members, form=tarfile.DEFAULT_FORMAT, mtime=0):
     with tarfile.open(path, "w", format=form) as tar:
         for name, content in members:
@@ -1094,18 +1110,15 @@ def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monk
     monkeypatch.setenv("LOCAL_RANK", "1"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     second = data.open_source(str(tmp_path / "*.tar"))
     assert opened == [paths[k] for k in (2, 3, 0, 1)]
-    assert [second.caption(i) for i in range(8)] == [
-        f"caption {10 * k + j}" for k in range(4) for j in (0, 1)
-    ]
+    numbers = (0, 1, 10, 11, 20, 21, 30, 31)
+    assert [second.caption(i) for i in range(8)] == [f"caption {k}" for k in numbers]
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setattr(data, "_plain_members", None)  # nothing is indexed twice
     ticks = itertools.chain([0], itertools.repeat(5))  # the first tar took long, the others no time
     monkeypatch.setattr(data.time, "monotonic", lambda: next(ticks))
     assert data.open_source(str(tmp_path / "*.tar")).fingerprint() == second.fingerprint()
     said = capsys.readouterr().err
-    assert "\rindexing: 1 of 4 tar files, 2 samples" in said and said.endswith(
-        "4 of 4 tar files, 8 samples\n"
-    )
+    assert "\rindexing: 1 of 4 tar files, 2 samples" in said and said.endswith("4 tar files, 8 samples\n")
     Path(paths[1]).unlink()
     with pytest.raises(data.UserError, match="1.tar: No such file"):
         data.Pairs(pickle.loads(pickle.dumps(second)), WORDS, 8)[2]
@@ -1122,15 +1135,14 @@ def test_many_new_tars_are_indexed_by_several_processes(tmp_path, monkeypatch):
         source = data.open_source(str(tmp_path / "*.tar"))
     assert [source.caption(i) for i in (0, 3, 7)] == ["caption 0", "caption 11", "caption 31"]
     (tmp_path / "2.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(data.UserError, match="2.tar: not a whole tar"):
-        data.open_source(str(tmp_path / "*.tar"))
+    refused(tmp_path / "*.tar", "2.tar: not a whole tar")
 
 
 LONG = "a/long/name/" * 12  # takes headers of its own
 FORMS = {  # form, time and folder of a tar's members, and whether its headers are plain
     "ustar": (tarfile.USTAR_FORMAT, 0, "", True),
     "gnu": (tarfile.GNU_FORMAT, 1.6e9, "a/", True),
-    "pax": (tarfile.PAX_FORMAT, 0, "./", True),
+    "pax": (tarfile.PAX_FORMAT, 0, "../../", True),  # read in place, never extracted
     "webdataset's": (tarfile.PAX_FORMAT, 1600000000.25, "", True),
     "ustar, prefix": (tarfile.USTAR_FORMAT, 0, LONG, False),
     "gnu, long": (tarfile.GNU_FORMAT, 0, LONG, False),
@@ -1141,7 +1153,7 @@ FORMS = {  # form, time and folder of a tar's members, and whether its headers a
 @pytest.mark.parametrize("form", FORMS)
 def test_plain_tars_are_indexed_as_tarfile_reads_them(tmp_path, form):
     form, mtime, folder, plain = FORMS[form]
-    members = [(f"{folder}{k}.{kind}", bytes([k]) * 300 * k) for k in range(5) for kind in ("png", "txt")]
+    members = [(f"{folder}{k}.{kind}", bytes([k]) * 300 * k) for k in range(5) for kind in ("PNG", "txt")]
     path = write_tar(tmp_path / "a.tar", members, form, int(mtime) if mtime == 1.6e9 else mtime)
     with tarfile.open(path, "a", format=form) as tar:
         for name, kind in (("8.png", tarfile.DIRTYPE), ("9.png", tarfile.SYMTYPE)):
@@ -1159,6 +1171,7 @@ def test_plain_tars_are_indexed_as_tarfile_reads_them(tmp_path, form):
                 list(data._plain_members(file))
     source = data.open_source(path)
     assert [source._read(i, part) for i in range(5) for part in (0, 1)] == [content for _, content in members]
+    assert len(source) == 5 and {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
 
 
 def times(record):
@@ -1181,25 +1194,27 @@ NEGATIVE[124:136] = b"\xff" * 11 + b"\x00"  # a negative size, in base 256
 NEGATIVE[148:156] = b"%06o\0 " % (256 + sum(NEGATIVE[:148]) + sum(NEGATIVE[156:]))
 
 
-@pytest.mark.parametrize("content, message", [
-    (gzip.compress(GOOD), "not a whole tar"), (b"", "not a whole tar"), (b"hello" * 500, "not a whole tar"),
-    (bytes(10240), "no sample"), (GOOD[1024:], "no sample"),  # captions alone
-    (header("b.png", 1 << 40) + bytes(2048), "not a whole tar"),
-    (bytes(NEGATIVE) + bytes(2048), "not a whole tar"),
-    (GOOD[:100], "not a whole tar"), (GOOD[:700], "not a whole tar"), (GOOD[:1024], "not a whole tar"),
-    (GOOD[:1300], "not a whole tar"), (GOOD[:2048], "not a whole tar"),  # no end mark
-    (GOOD[:2048] + GOOD[:300], "not a whole tar"), (GOOD[:1024] + b"x" + GOOD[1025:], "not a whole tar"),
-    (GOOD[:250] + b"x" + GOOD[251:], "not a whole tar"),  # in no field that is read
-    (GOOD + bytes(1 << 20) + GOOD, "not a whole tar"), (GOOD + GOOD, "not a whole tar"),
-    # links and folders alone
-    (header("1.jpg", 0, type=b"2", linkname="/etc/passwd") + header("1.txt", 0, type=b"5") + bytes(1024),
-     "no sample"),
+NO_TARS = [
+    gzip.compress(GOOD), b"", b"hello" * 500, header("b.png", 1 << 40) + bytes(2048), NEGATIVE + bytes(2048),
+    GOOD[:100], GOOD[:700], GOOD[:1024], GOOD[:1300], GOOD[:2048], GOOD[:2048] + GOOD[:300],  # no end mark
+    GOOD[:1024] + b"x" + GOOD[1025:], GOOD[:250] + b"x" + GOOD[251:],  # the second in no field that is read
+    GOOD + bytes(1 << 20) + GOOD, GOOD + GOOD,
+    GOOD[:-1024] + times(b"11 mtime=1\n"), GOOD[:-1024] + times(b"11 mtime=1\n") + bytes(1024),
+]  # fmt: skip
+LINKS = header("1.jpg", 0, type=b"2", linkname="/etc/passwd") + header("1.txt", 0, type=b"5") + bytes(1024)
+NO_SAMPLES = [bytes(10240), GOOD[1024:], LINKS]  # the second: captions alone
+
+
+@pytest.mark.parametrize("name, content, message", [
+    *[("a.tar", content, "not a whole tar") for content in NO_TARS],
+    *[("a.tar", content, "no sample") for content in NO_SAMPLES],
+    ("a.csv", b"file;caption\na;b\n", "no columns 'filepath'"), ("a.csv", b"", "no columns 'filepath'"),
+    ("a.csv", b"filepath,title\n", "no rows"), ("a.csv", b"filepath,title\na\n", "line 2"),
+    ("a.csv", b'filepath,title\na,b\nc,"d\ne,f\n', "line 3: a quote"),
 ], ids=bytes_in)  # fmt: skip
-def test_bad_tars_are_refused_in_one_line(tmp_path, content, message):
-    (tmp_path / "bad.tar").write_bytes(content)
-    with pytest.raises(data.UserError, match=message) as error:
-        data.open_source(str(tmp_path / "bad.tar"))
-    assert "\n" not in str(error.value) and "bad.tar" in str(error.value)
+def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, f"{name}(:|,) {message}")
 
 
 @pytest.mark.parametrize("unusual", [
@@ -1224,41 +1239,10 @@ def test_unusual_headers_are_read_as_tarfile_does_or_refused(tmp_path, unusual):
             pass  # left to tarfile
 
 
-@pytest.mark.parametrize("end", [times(b"11 mtime=1\n") + bytes(1024), times(b"11 mtime=1\n")])
-def test_a_tar_that_ends_before_a_member_is_refused(tmp_path, end):
-    (tmp_path / "a.tar").write_bytes(GOOD[:-1024] + end)
-    with pytest.raises(data.UserError, match="not a whole tar"):
-        data.open_source(str(tmp_path / "a.tar"))
-
-
-def test_members_that_are_no_files_are_passed_over(tmp_path):
-    red, rest = png("red"), bytes(-len(png("red")) % 512)
-    parts = [header("../../up.png", len(red)), red, rest, header("../../up.txt", 3), b"red", bytes(509)]
-    for kind, name in ((tarfile.SYMTYPE, "b.png"), (tarfile.LNKTYPE, "c.png"), (tarfile.DIRTYPE, "d.png")):
-        parts += [header(name, 0, type=kind, linkname="/etc/passwd")]
-    parts += [header("E.PNG", len(red)), red, rest, header("E.txt", 1), b"x", bytes(511)]
-    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(1024))
-    source = data.open_source(str(tmp_path / "a.tar"))
-    assert [source.caption(i) for i in range(len(source))] == ["red", "x"]  # read in place, never extracted
-    assert {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
-
-
 @pytest.mark.parametrize("name", ["pipe.tar", "pipe.csv"])
-def test_nobody_waits_for_a_pipe(tmp_path, name):
+def test_nobody_waits_for_a_pipe(tmp_path, name, seconds):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(data.UserError, match="not a regular file"):
-        data.open_source(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("text, message", [
-    ("file;caption\na;b\n", "filepath"), ("filepath,title\n", "no rows"), ("", "filepath"),
-    ("filepath,title\na\n", "line 2"), ('filepath,title\na,b\nc,"d\ne,f\n', "line 3: a quote"),
-])  # fmt: skip
-def test_wrong_tables_get_one_line(tmp_path, text, message):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(data.UserError, match=message) as error:
-        data.open_source(str(tmp_path / "a.csv"))
-    assert "\n" not in str(error.value)
+    refused(tmp_path / name, f"{name}: not a regular file")
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
@@ -1287,9 +1271,8 @@ def test_class_folders_of_every_format(tmp_path):
     source = data.open_source(str(tmp_path))
     assert len(source) == len(forms) and all(source.image(i).size == (16, 12) for i in range(len(source)))
     assert source.skipped == {".txt": 1, ".cr2": 2} and data.Shapes(2).skipped == {}
-    assert source.caption(0) == "class 0" and source.labels.tolist() == sorted(
-        k % 2 for k in range(len(forms))
-    )
+    labels = sorted(k % 2 for k, _ in enumerate(forms))
+    assert source.caption(0) == "class 0" and source.labels.tolist() == labels
 
 
 def test_pictures_alone_are_enough_for_moco(tmp_path):
@@ -1297,44 +1280,42 @@ def test_pictures_alone_are_enough_for_moco(tmp_path):
     for k in range(3):
         (tmp_path / "flat" / f"{k}.jpg").write_bytes(jpeg())
     assert len(data.open_source(str(tmp_path / "flat"), captions=False)) == 3
-    with pytest.raises(data.UserError, match="no class folders"):
-        data.open_source(str(tmp_path / "flat"))
+    refused(tmp_path / "flat", "no class folders")
     tar = write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", jpeg())])
     assert len(data.open_source(tar, captions=False)) == 2
-    with pytest.raises(data.UserError, match="no sample"):
-        data.open_source(tar)
+    refused(tar, "no sample")
 
 
-def test_labels_from_cls_json_and_tables(tmp_path):
-    def labelled(name, label_key=None, **parts):
-        members = []
-        for k in range(3):
-            members += [(f"{k}.jpg", jpeg())]
-            members += [(f"{k}.{kind}", values[k]) for kind, values in parts.items() if values[k] is not None]
-        path = write_tar(tmp_path / name, members)
-        return data.open_source(path, captions=False, label_key=label_key)
+GROUPS = [json.dumps({"group": group}).encode() for group in ("food", "animals", "food")]
 
-    numbers, names = labelled("a.tar", cls=[b"10", b"9", b"10"]), labelled("b.tar", cls=[b"x\n", b"b", b"x"])
-    assert numbers.classes == ["9", "10"] and numbers.labels.tolist() == [1, 0, 1]
-    assert names.classes == ["b", "x"] and names.labels.tolist() == [1, 0, 1]
-    with pytest.raises(data.UserError, match="c.tar, 1.jpg at byte .*no .cls"):
-        labelled("c.tar", cls=[b"1", None, b"2"]).labels  # noqa: B018
-    assert labelled("d.tar").labels is None and labelled("e.tar").classes is None
-    groups = [json.dumps({"group": g}).encode() for g in ("food", "animals", "food")]
-    source = labelled("f.tar", "group", json=groups, cls=[b"1"] * 3)
-    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0, 1]
-    for number, (json_of, message) in enumerate(
-        [([b"[]"] * 3, "no names"), (groups[:2] + [None], "neither")]
-    ):
-        with pytest.raises(data.UserError, match=message):
-            labelled(f"g{number}.tar", "group", json=json_of).labels  # noqa: B018
-    with pytest.raises(data.UserError, match="no 'kind'"):
-        labelled("h.tar", "kind", json=groups).labels  # noqa: B018
+
+@pytest.mark.parametrize("parts, label_key, expected", [
+    (dict(cls=[b"10", b"9", b"10"]), None, (["9", "10"], [1, 0, 1])),
+    (dict(cls=[b"x\n", b"b", b"x"]), None, (["b", "x"], [1, 0, 1])),
+    (dict(json=GROUPS, cls=[b"1"] * 3), "group", (["animals", "food"], [1, 0, 1])),
+    (dict(json=GROUPS), None, (None, None)),
+    (dict(cls=[b"1", None, b"2"]), None, "a.tar, 1.jpg at byte .*: no .cls"),
+    (dict(json=[b"[]"] * 3), "group", "no names"), (dict(json=GROUPS[:2] + [None]), "group", "neither"),
+    (dict(json=GROUPS), "kind", "no 'kind'"),
+])  # fmt: skip
+def test_labels_of_tars(tmp_path, parts, label_key, expected):
+    members = [(f"{k}.{kind}", values[k]) for k in range(3) for kind, values in parts.items() if values[k]]
+    members = sorted(members + [(f"{k}.jpg", jpeg()) for k in range(3)])
+    path = write_tar(tmp_path / "a.tar", members)
+    source = data.open_source(path, captions=False, label_key=label_key)
+    if isinstance(expected, str):
+        with pytest.raises(data.UserError, match=expected):
+            source.labels  # noqa: B018
+    else:
+        labels = None if source.labels is None else source.labels.tolist()
+        assert (source.classes, labels) == expected
+
+
+def test_labels_of_tables(tmp_path):
     (tmp_path / "a.csv").write_text("filepath,title,group\na.jpg,x,food\nb.jpg,y,animals\n")
     source = data.open_source(str(tmp_path / "a.csv"), label_key="group")
     assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0]
-    with pytest.raises(data.UserError, match="no column 'kind'"):
-        data.open_source(str(tmp_path / "a.csv"), label_key="kind")
+    refused(tmp_path / "a.csv", "no column 'kind'", label_key="kind")
 
 
 def test_shapes_plant_what_they_say():
@@ -1361,8 +1342,7 @@ def test_shapes_with_a_long_tail():
     balanced = data.open_source("shapes:128,zipf", train=False)
     assert np.bincount(balanced.labels).tolist() == [2] * 64
     assert source.fingerprint() != data.open_source("shapes:4000").fingerprint()
-    with pytest.raises(data.UserError, match="zipf"):
-        data.open_source("shapes:zipf")
+    refused("shapes:zipf", "zipf")
 
 
 # ---------------------------------------------------------------- data.py: the datasets
@@ -1419,11 +1399,10 @@ class Stub:
         return f"place {i}"
 
 
-def test_any_id_of_a_billion_is_read_at_once():
+def test_any_id_of_a_billion_is_read_at_once(seconds):
     source = Stub()
-    pairs, began = data.Pairs(source, WORDS, 8), time.monotonic()
+    pairs = data.Pairs(source, WORDS, 8)
     assert pairs[10**9 - 1][:2] == (10**9 - 1, -1)
-    assert time.monotonic() - began < 1
     source.good = 2
     assert pairs[0][:2] == (2, 0) and pairs[1][:2] == (2, 1)
     source.good, source.asked = -1, []
@@ -1490,6 +1469,7 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_bad_samples_are_replaced_and_the_cause_is_said(tmp_path):
     members, n = [], len(BAD_SAMPLES)
     for i, (picture, (kind, text), _) in enumerate([*BAD_SAMPLES, (png("blue"), (".txt", b"good"), "")]):
@@ -1505,7 +1485,7 @@ def test_bad_samples_are_replaced_and_the_cause_is_said(tmp_path):
         evaluated[1]
 
 
-def test_bad_rows_of_a_table_are_replaced_and_the_cause_is_said(tmp_path):
+def test_bad_rows_of_a_table_are_replaced_and_the_cause_is_said(tmp_path, seconds):
     causes = {
         b"folder,x": "",
         b"pipe,x": "not a regular file",
@@ -1582,9 +1562,8 @@ def with_checksums(content):
     content = bytearray(content)
     for at in range(0, len(content) - 511, 512):
         if content[at + 257 : at + 262] == b"ustar":
-            content[at + 148 : at + 156] = b"%06o\0 " % (
-                256 + sum(content[at : at + 148]) + sum(content[at + 156 : at + 512])
-            )
+            total = 256 + sum(content[at : at + 148]) + sum(content[at + 156 : at + 512])
+            content[at + 148 : at + 156] = b"%06o\0 " % total
     return bytes(content)
 
 
@@ -1600,7 +1579,7 @@ def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path, form, monkeypa
     original = original.rstrip(b"\0")
     original += bytes(-len(original) % 512 + 1024)
     read = refused = replaced = 0
-    for seed in range(200 * FUZZ):
+    for seed in range(100 * FUZZ):
         rng = np.random.default_rng(seed)
         content = mutate(original, rng)
         path.write_bytes(with_checksums(content) if rng.integers(2) else content)
@@ -1624,14 +1603,14 @@ def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path, form, monkeypa
             assert tuple(image[:, 0, 0].tolist()) in colours, seed  # PNG's checksums let nothing else through
             replaced += failed == i
         read += 1
-    assert min(read, refused, replaced) > 3 * FUZZ
+    assert replaced and min(read, refused) > 10 * FUZZ
 
 
 def test_fuzzed_tables_give_their_rows_or_are_refused(tmp_path):
     rows = [f'images/{k}.png,"a caption, the {k}th"' for k in range(8)]
     original = "\r\n".join(["filepath,title", *rows]).encode()
     path, read, refused = tmp_path / "a.csv", 0, 0
-    for seed in range(600 * FUZZ):
+    for seed in range(200 * FUZZ):
         path.write_bytes(mutate(original, np.random.default_rng(seed)))
         try:
             source = data.open_source(str(path))
