@@ -1267,7 +1267,7 @@ def test_tables_of_any_delimiter(tmp_path, delimiter):
 def test_class_folders_of_every_format(tmp_path):
     forms = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"] + ["AVIF"] * features.check("avif")
     for k, form in enumerate(forms):
-        folder = tmp_path / f"class {k % 2}" / ("", "b", "b-c")[k % 3]
+        folder = tmp_path / f"class {k % 2}" / ("", "!", "!-")[k % 3]  # before the files, by name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{k}.{form}").write_bytes(encoded(noise(16, 12), form))
     for name in ("notes.txt", "raw.CR2", "raw.cr2"):
