@@ -1,4 +1,4 @@
-"""Part of test_scan.py: experiments/baselines.py and compare.py."""
+"""The baselines hit their budgets and are faithful to their sources; compare.py runs and counts them."""
 
 import itertools
 import json
@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from scan import Scan, ScanSampler
-
-HERE = Path(__file__).parent
-slow = pytest.mark.slow
-sys.path.insert(0, str(HERE / "experiments"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import baselines  # noqa: E402
 import compare  # noqa: E402
+
+from scan import Scan, ScanSampler  # noqa: E402
+
+slow = pytest.mark.slow
 
 # ---------------------------------------------------------------- experiments: what SCAN is compared with
 
@@ -180,7 +181,7 @@ def test_compare_runs_methods_on_one_budget_and_goes_on(tmp_path):
     command += ["--methods", "full", *methods, "scan:--prune 0.1", "--proxy-epochs", "1", "--epochs", "5"]
     command += ["--data", "shapes:128", "--batch-size", "32", "--image-size", "32", "--val-data", "shapes:64"]
     command += ["--workers", "0", "--eval-every", "0"]
-    first = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    first = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     logs = {path.parent.name: path.read_text().splitlines() for path in tmp_path.glob("*/log.jsonl")}
     epochs = {
@@ -191,10 +192,10 @@ def test_compare_runs_methods_on_one_budget_and_goes_on(tmp_path):
     assert seen["full"] == 5 * 128 and seen["scan"] < seen["scan-prune-0.1"] < 5 * 128
     assert {seen[name] for name in methods} == {seen["scan"]}
     assert epochs["same-budget"][-1]["lr"] < 2e-4  # its rate ends at its own end
-    again = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
     assert again.stdout == first.stdout and again.stderr == ""  # nothing is run twice
     assert len(first.stdout.splitlines()) == 2 + 7
-    other = subprocess.run([*command, "--lr", "1"], cwd=HERE, capture_output=True, text=True)
+    other = subprocess.run([*command, "--lr", "1"], cwd=HERE.parent, capture_output=True, text=True)
     assert other.returncode == 1 and "other flags" in other.stderr
 
 
