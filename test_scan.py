@@ -3913,6 +3913,7 @@ SMALL = "train.py --arch vit_tiny --data shapes:128 --image-size 32 --batch-size
 SMALL += "--workers 1 --warmup-threshold 9".split()
 BRIEF = "train.py --arch moco_vit_tiny --data shapes:96 --val-data shapes:16 --image-size 16".split()
 BRIEF += "--batch-size 24 --epochs 6 --workers 0 --eval-every 1 --warmup-threshold 9 --save-every 1".split()
+BRIEF += "--lr 1e-4".split()  # at 1e-3 rounding is amplified, and runs of one and two ranks part
 
 
 @slow
@@ -3938,8 +3939,7 @@ def test_torchrun_trains_resumes_and_evaluates(tmp_path):
 @slow
 def test_one_and_two_ranks_and_accumulation_train_alike(tmp_path):
     clip = [*SMALL, "--epochs", "1", "--prune", "0"]
-    # at a rate of 1e-3 rounding is amplified, and the runs part
-    brief = [*BRIEF, *"--lr 1e-4 --image-size 32 --batch-size 32 --data shapes:128".split()]
+    brief = [*BRIEF, *"--image-size 32 --batch-size 32 --data shapes:128".split()]
     losses = {}
     for name, torchrun, flags in (
         ("clip", 0, clip), ("clip 2", 2, clip), ("clip accum", 0, [*clip, "--accum", "2"]),
