@@ -45,8 +45,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 
-class DataError(Exception):
-    """What is wrong with the data, where, and what to do: one line for the user."""
+class UserError(Exception):
+    """What is wrong, where, and what to do: one line for the user."""
+
+
+DataError = UserError
 
 
 # ---------------------------------------------------------------- text to tokens
@@ -223,8 +226,8 @@ def normalize(images, mean_std):
     return (images.float() / 255 - mean) / std
 
 
-def eval_transform(size):
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC)
+def eval_transform(size, crop=1.0, interpolation=v2.InterpolationMode.BICUBIC):
+    resize = v2.Resize(int(size / crop), interpolation=interpolation)
     return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
@@ -904,6 +907,9 @@ class Samples(Dataset):
     def fingerprint(self):
         return self.source.fingerprint()[:16]
 
+    def why(self, i):
+        return self.source.where(i)
+
     def set_epoch(self, epoch):
         """Before the loader's iterator starts."""
         self._epoch.fill_(epoch)
@@ -970,7 +976,8 @@ class Views(Samples):
     Only what needs the picture is done here; `inputs` does the rest for the whole batch on the device.
     """
 
-    def __init__(self, source, size, *, crop_min=0.08, seed=0):
+    def __init__(self, source, size, draw_views, *, crop_min=0.08, seed=0):
+        self.draw_views = draw_views
         super().__init__(source, seed)
         self.transform = v2.Compose([v2.RandomResizedCrop(size, (crop_min, 1.0)), v2.PILToTensor()])
         self.draft = math.ceil(size / math.sqrt(crop_min))
@@ -978,7 +985,7 @@ class Views(Samples):
 
     def read(self, i):
         picture = self.source.image(i, self.draft)
-        drawn = torch.stack([draw_view(**view) for view in MOCO_VIEWS])
+        drawn = self.draw_views()
         return torch.stack([self.transform(picture) for _ in MOCO_VIEWS]), drawn
 
     @staticmethod
@@ -992,7 +999,7 @@ def collate(items):
     """-> used ids (b,) int64, failed ids (b,) int64, images uint8, and tokens (b, longest) or (b, 2, 9)."""
     used, failed, images, others = zip(*items, strict=True)
     others = torch.stack(others) if others[0].ndim > 1 else pad(others)
-    return torch.tensor(used), torch.tensor(failed), torch.stack(images), others
+    return torch.tensor(used), torch.tensor([f for f in failed if f >= 0], dtype=torch.int64), torch.stack(images), others
 
 
 class Pictures(Dataset):

@@ -1,14 +1,15 @@
-"""Evaluate CLIP and MoCo models: checkpoints of train.py, or state dicts of open_clip, timm and MoCo v3.
+"""Evaluate CLIP and MoCo models: runs of train.py, or state dicts of open_clip, timm and MoCo v3.
 
-    python eval.py zeroshot  --checkpoint runs/x/last.pt                          # the built-in shapes
-    python eval.py zeroshot  --checkpoint runs/x/last.pt --data imagenet/val      # class folders
-    python eval.py retrieval --checkpoint runs/x/last.pt --data 'val-{00000..00003}.tar'
-    python eval.py knn       --checkpoint runs/x/last.pt --data imagenet --val-data imagenet
-    python eval.py linear    --checkpoint runs/x/last.pt --data cifar10:data --val-data cifar10:data
-    torchrun --nproc_per_node 8 eval.py finetune --checkpoint runs/x/last.pt --data imagenet \\
+    python eval.py zeroshot  --checkpoint runs/x                                  # the built-in shapes
+    python eval.py zeroshot  --checkpoint runs/x --data imagenet/val              # class folders
+    python eval.py retrieval --checkpoint runs/x --data 'val-{00000..00003}.tar'
+    python eval.py knn       --checkpoint runs/x --data imagenet --val-data imagenet
+    python eval.py linear    --checkpoint runs/x --data cifar10:data --val-data cifar10:data
+    torchrun --nproc_per_node 8 eval.py finetune --checkpoint runs/x --data imagenet \\
         --val-data imagenet --test-data imagenetv2 imagenet-r                     # any command runs on ranks
-    python eval.py export    --checkpoint runs/x/last.pt --out weights.pt         # for open_clip or timm
+    python eval.py export    --checkpoint runs/x --out weights.pt                 # for open_clip or timm
     python eval.py coreset   runs/a runs/b --prune 0.3 --out kept.npy             # Sect. 4.3
+    python eval.py suspects  runs/x --out suspects.csv                            # what to look at in the data
 
 Prints a table and, as its last line, one JSON object: shares (not percent), and n, the images evaluated.
 "balanced" is the mean over classes of the share found. Class folders may be ImageNet's 1000 wnids, those 200
@@ -17,13 +18,18 @@ CLIP's for text also their vocabulary --vocab, and OpenAI's own --quick-gelu.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 import time
+import warnings
 import zipfile
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -31,24 +37,25 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models import ViT_B_16_Weights
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 import clip_model
 import data
 import moco
-from data import DataError
-from scan import ScanSampler, coreset, pruned_set
+from data import UserError
+from scan import coreset, pruned_set
 
-# wise-ft's for CLIP, DeiT's (but no stochastic depth) for MoCo, MoCo v3's linear protocol. batch: global.
-FINETUNE_CLIP = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500)  # warmup: in steps
-FINETUNE_MOCO = dict(epochs=150, batch_size=1024, lr=1e-3, wd=0.05, warmup=None)  # None: 5 epochs
-LINEAR_SGD = dict(epochs=90, batch_size=1024, lr=12.0, wd=0.0, warmup=0)
-
-
-class EvalError(Exception):
-    """One line for the user."""
+# batch_size: global. lr: the peak, in MoCo's two for that batch size. warmup: in steps.
+RECIPES = {
+    "wise-ft": dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1),  # CLIP; 500 steps of warm-up
+    "deit": dict(
+        epochs=150, batch_size=1024, lr=1e-3, wd=0.05
+    ),  # MoCo v3's, but no stochastic depth; 5 epochs
+    "sgd": dict(epochs=90, batch_size=1024, lr=12.0, wd=0.0),  # MoCo v3's linear protocol; no warm-up
+}
+TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that is gone without a word
 
 
 # ---------------------------------------------------------------- models
@@ -56,11 +63,20 @@ class EvalError(Exception):
 
 def tokenizer_for(vocab):
     """CLIP's byte-pair encoding from a file; hashed words without one, or for "hashed"."""
-    return data.BPE(vocab) if vocab and vocab != "hashed" else data.HashedWords()
+    if not vocab or vocab == "hashed":
+        return clip_model.HashedWords()
+    try:
+        return clip_model.BPE(vocab)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_checkpoint(path):
-    """A dict of tensors and plain values: nothing in the file is executed, and damage to it is noticed."""
+    """A dict of tensors and plain values, of a file or of a run's folder.
+
+    Nothing in the file is executed, and damage to it is noticed.
+    """
+    path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"  # what torch goes by
@@ -72,14 +88,14 @@ def load_checkpoint(path):
                     raise ValueError("a tensor is marked as a folder")  # torch would leave it unset
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise EvalError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # whatever torch and zipfile make of damaged bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise EvalError(
+        raise UserError(
             f"{path}: not a whole checkpoint that loads with weights_only=True ({reason})"
         ) from None
     if not isinstance(checkpoint, dict):
-        raise EvalError(f"{path}: holds no state dict")
+        raise UserError(f"{path}: holds no state dict")
     return checkpoint
 
 
@@ -88,46 +104,74 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
 
     text: whether captions will be encoded, and the tokenizer must be known.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint, tokenizer = load_checkpoint(path), None
     ours = {"model", "args", "tokenizer"} <= set(checkpoint)
     if ours:
-        weights, args = checkpoint["model"], checkpoint["args"]
-        arch, image_size = args["arch"], args["image_size"]
-    elif arch:
-        weights = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
-        image_size = image_size or 224
+        arch, image_size = (checkpoint["args"].get(name) for name in ("arch", "image_size"))
+    elif not arch:
+        raise UserError(f"{path}: not a checkpoint of train.py; for a state dict of others give its --arch")
     else:
-        raise EvalError(f"{path}: not a checkpoint of train.py; for a state dict of others give its --arch")
+        image_size = image_size or 224
     try:
         if arch in moco.ARCHS:
-            model, tokenizer = moco.create(arch, image_size), None
-            if not any(k.startswith("base_encoder.") for k in weights):  # timm's ViT: a backbone alone
-                own = model.state_dict()
-                weights = {f"base_encoder.{k}": v for k, v in weights.items() if not k.startswith("head.")}
-                weights |= {
-                    k: v for k, v in own.items() if ".head." in k or not k.startswith("base_encoder.")
-                }
+            model = moco.create(arch, image_size)
         else:
-            tokenizer = _tokenizer(path, checkpoint["tokenizer"] if ours else None, vocab) if text else None
-            size = tokenizer.vocab_size if text else len(weights["token_embedding.weight"])
+            if text:
+                tokenizer = _tokenizer(path, checkpoint["tokenizer"] if ours else None, vocab)
+            size = tokenizer.vocab_size if text else len(_weights(checkpoint)["token_embedding.weight"])
             model = clip_model.create(arch, image_size, size, quick_gelu=quick_gelu)
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise EvalError(f"{path}: its weights do not fit {arch} at {image_size} px ({reason})") from None
+    except KeyError:
+        raise UserError(f"{path}: its weights do not fit {arch} (no token_embedding.weight)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    _fit(model, checkpoint, path)
     return model.eval(), tokenizer
+
+
+def load_weights(model, path):
+    """Start `model` from weights of train.py, open_clip, timm (of MoCo, the backbone) or MoCo v3.
+
+    Returns the name of the tokenizer that they were trained with; None if nothing says so.
+    """
+    checkpoint = load_checkpoint(path)
+    _fit(model, checkpoint, path)
+    return checkpoint.get("tokenizer")
+
+
+def _weights(checkpoint):
+    """The state dict in a checkpoint, by its names in one process."""
+    weights = next(
+        (checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint
+    )
+    return {str(name).removeprefix("module."): weight for name, weight in weights.items()}
+
+
+def _fit(model, checkpoint, path):
+    weights = _weights(checkpoint)
+    if isinstance(model, moco.MoCo) and not any(name.startswith("base_encoder.") for name in weights):
+        # timm's ViT is the backbone alone: both encoders start from it, what is behind them as it is
+        backbone = {name: weight for name, weight in weights.items() if not name.startswith("head.")}
+        weights = {k: v for k, v in model.state_dict().items() if ".head." in k or k.startswith("predictor.")}
+        weights |= {f"{side}_encoder.{k}": v for side in ("base", "momentum") for k, v in backbone.items()}
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()[:200]
+        raise UserError(
+            f"{path}: its weights do not fit {model.arch} at {model.image_size} px ({reason})"
+        ) from None
 
 
 def _tokenizer(path, trained_with, vocab):
     if trained_with is None and not vocab:  # nothing in an open_clip state dict says what its tokens are
-        raise EvalError(
+        raise UserError(
             f"{path}: an open_clip state dict needs --vocab (or --vocab hashed, if exported from here)"
         )
     tokenizer = tokenizer_for(vocab)
     if trained_with not in (None, tokenizer.name):
-        raise EvalError(
-            f"{path} was trained with the tokenizer {trained_with!r}, not {tokenizer.name!r}: "
-            + ("give its --vocab" if trained_with.startswith("bpe") else "leave --vocab out")
+        hint = "give its --vocab" if trained_with.startswith("bpe") else "leave --vocab out"
+        raise UserError(
+            f"{path} was trained with the tokenizer {trained_with!r}, not {tokenizer.name!r}: {hint}"
         )
     return tokenizer
 
@@ -140,31 +184,37 @@ def encoder(model):
 # ---------------------------------------------------------------- features
 
 
-def _ranks():
-    return (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    )
-
-
-def progress(text):
-    """A line that overwrites itself, on a terminal, of rank 0."""
-    if _ranks()[0] == 0 and sys.stderr.isatty():
-        print(f"\r{text:<78}", end="" if text else "\r", file=sys.stderr, flush=True)
-
-
 @torch.no_grad()
-def image_features(model, source, device, *, encode=None, ids=None, batch_size=256, workers=0):
-    """(len(ids), d) float32 features of a source's pictures (ids: all), on the CPU; ranks share the work."""
+def image_features(
+    model,
+    source,
+    device,
+    *,
+    encode=None,
+    ids=None,
+    crop=None,
+    interpolation=InterpolationMode.BICUBIC,
+    batch_size=256,
+    workers=0,
+):
+    """(len(ids), d) float32 features of a source's pictures (ids: all), on the CPU; ranks share the work.
+
+    crop: share of the shorter side that is kept, if not the model's own.
+    """
     encode = encode or encoder(model)
     rank, world = _ranks()
     ids = range(len(source)) if ids is None else ids
-    pictures = data.Pictures(source, data.eval_transform(model.image_size))
-    pin = device.type == "cuda"
-    loader = DataLoader(pictures, batch_size, sampler=ids[rank::world], num_workers=workers, pin_memory=pin)
+    transform = data.eval_transform(model.image_size, crop or model.eval_crop, interpolation=interpolation)
+    loader = DataLoader(
+        data.Pictures(source, transform),
+        batch_size,
+        sampler=ids[rank::world],
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
     parts = []
     for _, images in loader:
-        images = data.normalize(images.to(device, non_blocking=True), model.mean_std)
-        parts.append(encode(images).float())
+        parts.append(encode(model.normalize(images.to(device, non_blocking=True))).float())
         progress(f"images {min(world * batch_size * len(parts), len(ids)):,} / {len(ids):,}")
     progress("")
     return _interleave(torch.cat(parts) if parts else None, len(ids), device)
@@ -172,17 +222,17 @@ def image_features(model, source, device, *, encode=None, ids=None, batch_size=2
 
 def _interleave(features, n, device):
     """Rows rank::world of each rank -> all n rows, on the CPU of every rank."""
-    rank, world = _ranks()
+    _, world = _ranks()
     if world == 1:
         return features.cpu()
     width = torch.tensor(0 if features is None else features.shape[1], device=device)
     dist.all_reduce(width, dist.ReduceOp.MAX)  # a rank may have no picture at all
-    padded = torch.zeros(-(-n // world), int(width), device=device)
+    mine = torch.zeros(-(-n // world), int(width), device=device)
     if features is not None:
-        padded[: len(features)] = features
-    gathered = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(gathered, padded)
-    return torch.stack(gathered, 1).flatten(0, 1)[:n].cpu()
+        mine[: len(features)] = features
+    everyone = mine.new_empty(world, *mine.shape)
+    dist.all_gather(list(everyone), mine)
+    return everyone.transpose(0, 1).flatten(0, 1)[:n].cpu()
 
 
 @torch.no_grad()
@@ -200,6 +250,9 @@ def text_features(model, tokenizer, texts, device, batch_size=256):
 # ---------------------------------------------------------------- classes
 
 
+_WNID = re.compile(r"n\d{8}")
+
+
 def class_labels(source, folders):
     """Labels (N,) of a source among classes known by their `folders` -> (labels, classes to rank or None).
 
@@ -207,7 +260,7 @@ def class_labels(source, folders):
     ranked among these.
     """
     if source.labels is None:
-        raise EvalError("the data have no classes: use class folders, or name their --label-key")
+        raise UserError("the data have no classes: use class folders, or name their --label-key")
     if source.classes == folders:
         return torch.as_tensor(source.labels), None
     position = {name: k for k, name in enumerate(folders)}
@@ -215,34 +268,36 @@ def class_labels(source, folders):
         position = {name: int(name) for name in source.classes if int(name) < len(folders)}
     unknown = [name for name in source.classes if name not in position]
     if unknown:
-        raise EvalError(f"class {unknown[0]!r} of the data is none of the {len(folders)} classes known")
+        raise UserError(f"class {unknown[0]!r} of the data is none of the {len(folders)} classes known")
     mine = torch.tensor([position[name] for name in source.classes])
     some_wnids = all(_WNID.fullmatch(name) for name in source.classes)
     return mine[torch.as_tensor(source.labels)], mine if some_wnids else None
 
 
-_WNID = re.compile(r"n\d{8}")
-
-
 def zeroshot_classes(source, classnames=None, wnids=None):
-    """--classnames and --wnids -> (names to describe the classes by, folders that they are known by)."""
+    """-> (names that describe the classes in prompts, folders that they are known by).
+
+    classnames: a list in the order of the classes, "imagenet" for torchvision's names, or None: the folders'
+    own names, but torchvision's for ImageNet's 1000 wnids. wnids: ImageNet's 1000, in order.
+    """
+    if source.labels is None:
+        raise UserError("the data have no classes: use class folders, or name their --label-key")
     folders = wnids or source.classes
     numbers = all(name.isdecimal() for name in folders)
     are_wnids = all(_WNID.fullmatch(name) for name in folders)
-    if classnames is None and not numbers and not (are_wnids and len(folders) == 1000):
-        if are_wnids:
-            raise EvalError(f"{len(folders)} wnids: give the order of all 1000 with --wnids, or --classnames")
-        return folders, folders
     if classnames is None and numbers:
-        raise EvalError("the class folders are numbers: give --classnames (imagenet, for ImageNet-V2)")
+        raise UserError("the classes are numbers: give --classnames (imagenet, for ImageNet-V2)")
+    if classnames is None and are_wnids and len(folders) != 1000:
+        raise UserError(f"{len(folders)} wnids: give the order of all 1000 with --wnids, or --classnames")
     names = classnames
-    if classnames in (None, "imagenet"):
+    if classnames == "imagenet" or classnames is None and are_wnids:
         names = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
     if numbers:
         return names, [str(k) for k in range(len(names))]
+    names = names or folders
     if len(names) != len(folders):
         hint = "; give the order of all wnids with --wnids" if are_wnids and not wnids else ""
-        raise EvalError(f"--classnames has {len(names)} names, for {len(folders)} classes{hint}")
+        raise UserError(f"--classnames has {len(names)} names, for {len(folders)} classes{hint}")
     return names, folders
 
 
@@ -260,23 +315,30 @@ def accuracy(scores, labels, ranked=None):
     }
 
 
-# ---------------------------------------------------------------- protocols
+# ---------------------------------------------------------------- protocols that train nothing, or one layer
 
 
-def zeroshot_classifier(model, tokenizer, classes, templates, device):
+def zeroshot_classifier(model, tokenizer, names, templates, device):
     """(classes, d) unit vectors: per class the mean of its prompts' unit embeddings."""
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
-    per_class = text_features(model, tokenizer, prompts, device).view(len(classes), len(templates), -1)
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    per_class = text_features(model, tokenizer, prompts, device).view(len(names), len(templates), -1)
     return F.normalize(per_class.mean(1), dim=-1)
 
 
-def zeroshot(model, tokenizer, source, device, *, classes=None, folders=None, templates=None, **loading):
-    """Accuracy of the classes whose averaged prompt embeddings are nearest -> dict of shares."""
-    labels, ranked = class_labels(source, folders or source.classes)
-    templates = templates or getattr(source, "templates", ["a photo of a {}."])
-    classifier = zeroshot_classifier(model, tokenizer, classes or source.classes, templates, device)
+def _prompts(source, templates):
+    return templates or getattr(source, "templates", ["a photo of a {}."])
+
+
+def zeroshot(model, tokenizer, source, device, *, classnames=None, wnids=None, templates=None, **loading):
+    """Accuracy of the classes whose averaged prompt embeddings are nearest -> dict of shares.
+
+    classnames, wnids: of `zeroshot_classes`.
+    """
+    names, folders = zeroshot_classes(source, classnames, wnids)
+    labels, ranked = class_labels(source, folders)
+    classifier = zeroshot_classifier(model, tokenizer, names, _prompts(source, templates), device)
     images = F.normalize(image_features(model, source, device, **loading), dim=-1)
-    return accuracy(images @ classifier.T, labels, ranked)
+    return {"protocol": "zero-shot"} | accuracy(images @ classifier.T, labels, ranked)
 
 
 def retrieval(model, tokenizer, source, device, *, split_captions=False, chunk=1024, **loading):
@@ -291,14 +353,14 @@ def retrieval(model, tokenizer, source, device, *, split_captions=False, chunk=1
         try:
             caption = source.caption(i)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{source.where(i)}: no caption ({error})") from None
+            raise UserError(f"{source.where(i)}: no caption ({error})") from None
         lines = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
         texts += lines
         owners += [owner] * len(lines)
     owners = torch.tensor(owners)
     images = F.normalize(image_features(model, source, device, ids=firsts, **loading), dim=-1)
     texts = text_features(model, tokenizer, texts, device)
-    of_image, result = torch.arange(len(images)), {}
+    of_image, result = torch.arange(len(images)), {"protocol": "retrieval"}
     for name, queries, keys, mine, theirs in (
         ("i2t", images, texts, of_image, owners),
         ("t2i", texts, images, owners, of_image),
@@ -315,17 +377,15 @@ def knn(model, train, test, device, *, k=20, temperature=0.07, most=None, **load
     most: use about so many training pictures, evenly spaced.
     """
     ids = range(0, len(train), -(-len(train) // most) if most else 1)
-    bank_labels = torch.as_tensor(train.labels)[ids]
+    bank_labels = torch.as_tensor(train.labels)[ids].to(device)
     labels, ranked = class_labels(test, train.classes)
     bank = F.normalize(image_features(model, train, device, ids=ids, **loading), dim=-1).to(device)
     queries, scores = F.normalize(image_features(model, test, device, **loading), dim=-1), []
     for part in queries.split(max(1, 2**27 // len(bank))):
         cosine, nearest = (part.to(device) @ bank.T).topk(min(k, len(bank)))  # (b, k)
         votes = torch.zeros(len(part), len(train.classes), device=device)
-        scores.append(
-            votes.scatter_add_(1, bank_labels.to(device)[nearest], (cosine / temperature).exp()).cpu()
-        )
-    return accuracy(torch.cat(scores), labels, ranked)
+        scores.append(votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp()).cpu())
+    return {"protocol": "knn"} | accuracy(torch.cat(scores), labels, ranked)
 
 
 def linear(model, train, test, device, **loading):
@@ -338,24 +398,23 @@ def linear(model, train, test, device, **loading):
     x, z = (image_features(model, source, device, **loading).to(device) for source in (train, test))
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, z = (x - mean) / std, (z - mean) / std
-    held_out = torch.zeros(len(x), dtype=torch.bool, device=device)
-    held_out[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: max(1, len(x) // 10)]] = (
-        True
-    )
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(device)
+    held_out, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
     tried = {}
     for penalty in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
         progress(f"logistic regression, penalty {penalty:g}")
-        probe = _logistic_regression(x[~held_out], y[~held_out], len(train.classes), penalty)
+        probe = _logistic_regression(x[rest], y[rest], len(train.classes), penalty)
         tried[penalty] = (probe(x[held_out]).argmax(1) == y[held_out]).double().mean().item()
     best = max(tried, key=tried.get)
     progress("")
     probe = _logistic_regression(x, y, len(train.classes), best)
-    return accuracy(probe(z).cpu(), labels, ranked) | {"penalty": best}
+    return {"protocol": "linear"} | accuracy(probe(z).cpu(), labels, ranked) | {"penalty": best}
 
 
 def _logistic_regression(x, y, classes, penalty, steps=200):
     probe = nn.Linear(x.shape[1], classes, device=x.device)
-    nn.init.zeros_(probe.weight), nn.init.zeros_(probe.bias)
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
     def loss():
@@ -368,7 +427,7 @@ def _logistic_regression(x, y, classes, penalty, steps=200):
     return probe.requires_grad_(False)
 
 
-# ---------------------------------------------------------------- training a classifier
+# ---------------------------------------------------------------- protocols that train: wise-ft, DeiT, MoCo v3
 
 
 class Classifier(nn.Module):
@@ -379,7 +438,8 @@ class Classifier(nn.Module):
         self.model, self.frozen, self.unit = model, frozen, zeroshot_head is not None
         archs = moco.ARCHS if model.arch in moco.ARCHS else clip_model.ARCHS
         self.head = nn.Linear(archs[model.arch].get("width") or archs[model.arch]["embed_dim"], classes)
-        nn.init.normal_(self.head.weight, std=0.01), nn.init.zeros_(self.head.bias)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
         if self.unit:
             self.head.weight.data.copy_(zeroshot_head)
         model.requires_grad_(False)  # but the image tower, without MoCo's projector
@@ -409,90 +469,117 @@ class Labelled(data.Samples):
         return self.transform(self.source.image(i, self.draft)), int(self.source.labels[i])
 
 
-def train_classifier(
-    classifier, train, augment, device, *, epochs, batch_size, lr, wd, warmup, workers, seed=0
-):
-    """AdamW, or SGD for a frozen backbone, with a linear warm-up of `warmup` steps, then a cosine to 0.
-
-    augment: "light" crops (CLIP's), "flip" (crops of 8 to 100 %, flips), or "deit" (these, RandAugment,
-    random erasing, MixUp or CutMix, label smoothing).
-    """
-    rank, world = _ranks()
-    size, smallest = classifier.model.image_size, 0.9 if augment == "light" else 0.08
-    steps = [v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=v2.InterpolationMode.BICUBIC)]
-    if augment != "light":
-        steps += [v2.RandomHorizontalFlip()]
-    if augment == "deit":
+def augmentation(protocol, size):
+    """-> (picture -> (3, size, size) uint8, the edge that a picture's shorter side must keep in decoding)."""
+    how = InterpolationMode.BILINEAR if protocol == "sgd" else InterpolationMode.BICUBIC
+    smallest = 0.9 if protocol == "wise-ft" else 0.08
+    steps = [v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=how)]
+    if protocol != "wise-ft":
+        steps.append(v2.RandomHorizontalFlip())
+    if protocol == "deit":
         steps += [v2.RandAugment(2, 9), v2.PILToTensor(), v2.RandomErasing(0.25)]
     else:
-        steps += [v2.PILToTensor()]
-    dataset = Labelled(train, v2.Compose(steps), math.ceil(size / math.sqrt(smallest)), seed)
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(train.classes)),
-                           v2.CutMix(alpha=1.0, num_classes=len(train.classes))])  # fmt: skip
+        steps.append(v2.PILToTensor())
+    return v2.Compose(steps), math.ceil(size / math.sqrt(smallest))
 
-    batch_size = min(batch_size, len(dataset)) // world * world
-    if batch_size < 2:
-        raise EvalError(f"{len(dataset)} samples are too few to train on with {world} rank(s)")
-    sampler = ScanSampler(batch_size, rank, world, seed=seed)
-    pin = device.type == "cuda"
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin
+
+def decays(name, parameter):
+    """Whether weight decay is for it: DeiT spares the class token and the positions, open_clip all biases."""
+    return parameter.ndim > 1 and "bias" not in name and not name.endswith(("cls_token", "pos_embed"))
+
+
+def make_optimizer(classifier, protocol, lr, wd):
+    trained = [(name, p) for name, p in classifier.named_parameters() if p.requires_grad]
+    if protocol == "sgd":
+        return torch.optim.SGD([p for _, p in trained], lr, momentum=0.9, weight_decay=wd)
+    decay, others = ([p for name, p in trained if decays(name, p) == which] for which in (True, False))
+    return torch.optim.AdamW(
+        [{"params": decay, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}], lr
     )
-    trained = [p for p in classifier.parameters() if p.requires_grad]
-    if classifier.frozen:
-        optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=wd)
-    else:
-        decay, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
-        groups = [{"params": decay, "weight_decay": wd}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr)
-    module = classifier
-    if world > 1:
-        module = DistributedDataParallel(classifier, device_ids=[device.index] if pin else None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=pin and torch.cuda.is_bf16_supported())
 
-    everything, per_epoch = torch.arange(len(dataset)), len(dataset) // batch_size
-    step, total = 0, epochs * per_epoch
-    warmup = min(5 * per_epoch if warmup is None else warmup, total // 5)  # short runs: at most a fifth
+
+def learning_rate(protocol, step, per_epoch, epochs, lr):
+    """Cosine to 0, after a linear warm-up; MoCo v3's linear protocol has none, and steps once an epoch."""
+    if protocol == "sgd":
+        step = step // per_epoch * per_epoch
+    total = epochs * per_epoch
+    warmup = {"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol]
+    warmup = min(warmup, total // 5)  # short runs: at most a fifth
+    done = max(step - warmup, 0) / max(total - warmup, 1)
+    return lr * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * done)) / 2
+
+
+def train_classifier(classifier, train, protocol, device, *, epochs, batch_size, lr, wd, workers, seed=0):
+    """Train in place. protocol: of RECIPES. DeiT's adds MixUp or CutMix, and smooths the labels."""
+    rank, world = _ranks()
+    dataset = Labelled(train, *augmentation(protocol, classifier.model.image_size), seed)
+    batch_size = min(batch_size, len(dataset)) // world
+    if batch_size * world < 2:
+        raise UserError(f"{len(dataset)} samples are too few to train on with {world} rank(s)")
+    deit, cuda, ragged = protocol == "deit", device.type == "cuda", protocol == "sgd"
+    sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=not ragged)
+    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=cuda)
+    loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=not ragged, **options)
+    mixes = [v2.MixUp(alpha=0.8, num_classes=len(train.classes))] if len(train.classes) > 1 else []
+    mixes += [v2.CutMix(alpha=1.0, num_classes=len(train.classes))]
+    mix = v2.RandomChoice(mixes)
+    optimizer, module = make_optimizer(classifier, protocol, lr, wd), classifier
+    if world > 1:
+        module = DistributedDataParallel(classifier, device_ids=[device.index] if cuda else None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision("auto", device) == "bf16")
+
+    torch.manual_seed(hash((seed, rank)) % 2**63)  # of MixUp, CutMix and stochastic depth
     for epoch in range(epochs):
+        began, losses = time.monotonic(), torch.zeros((), device=device)
         dataset.set_epoch(epoch)
-        sampler.set_epoch(epoch, everything)
+        sampler.set_epoch(epoch)
         classifier.train()
-        for _, _, images, labels in loader:
-            done = max(step - warmup, 0) / max(total - warmup, 1)
-            rate = lr * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * done)) / 2
+        for step, (_, _, images, labels) in enumerate(loader):
+            rate = learning_rate(protocol, epoch * len(loader) + step, len(loader), epochs, lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(hash((seed, epoch, step, rank)) % 2**63)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            images = data.normalize(images, classifier.model.mean_std)
-            if augment == "deit":
+            images = classifier.model.normalize(images)
+            if deit:
                 images, labels = mix(images, labels)
             with autocast:
                 logits = module(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1 if augment == "deit" else 0.0)
-            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1 if deit else 0.0)
+            optimizer.zero_grad()
             loss.backward()
             if not classifier.frozen:
-                nn.utils.clip_grad_norm_(trained, 1.0)
+                nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
             optimizer.step()
-            step += 1
-            progress(f"epoch {epoch}/{epochs}  step {step:,}/{total:,}")
-        if not math.isfinite(loss.item()):
-            raise EvalError(f"loss not finite in epoch {epoch}: a lower --lr may help")
-    progress("")
+            losses += loss.detach()
+            if step % 10 == 0:
+                mean = losses.item() / (step + 1)
+                progress(f"epoch {epoch}/{epochs}  step {step:,}/{len(loader):,}  loss {mean:.4f}")
+        progress("")
+        mean = losses / len(loader)
+        if world > 1:
+            dist.all_reduce(mean)
+            mean /= world
+        if not mean.isfinite():
+            raise UserError(f"loss not finite in epoch {epoch}: a lower --lr may help")
+        say(f"epoch {epoch:>3}/{epochs}  loss {mean:.4f}  {time.monotonic() - began:.1f} s")
+    share_buffers(classifier)
+
+
+def share_buffers(model):
+    """Batch statistics of the ResNets differ between ranks: all take rank 0's, as its checkpoint does."""
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)
 
 
 @torch.no_grad()
 def classify(classifier, source, folders, device, **loading):
     """Accuracy of a trained classifier -> dict of shares."""
     labels, ranked = class_labels(source, folders)
-    classifier.eval()
-    return accuracy(
-        image_features(classifier.model, source, device, encode=classifier, **loading), labels, ranked
-    )
+    scores = image_features(classifier.eval().model, source, device, encode=classifier, **loading)
+    return accuracy(scores, labels, ranked)
 
 
-# ---------------------------------------------------------------- weights for others, and coresets
+# ---------------------------------------------------------------- weights for others
 
 
 def export(model):
@@ -503,18 +590,61 @@ def export(model):
     return model.state_dict()
 
 
+def loading_lines(model, path):
+    """Python that loads the exported weights elsewhere."""
+    size, file = model.image_size, json.dumps(str(path))
+    names = {
+        "moco_vit_s16": "vit_small_patch16_224",
+        "moco_vit_b16": "vit_base_patch16_224",
+        "vit_s32": "ViT-S-32",
+        "vit_s16": "ViT-S-16",
+        "vit_b32": "ViT-B-32",
+        "vit_b16": "ViT-B-16",
+        "rn50": "RN50",
+        "rn101": "RN101",
+    }
+    name = names.get(model.arch)
+    if model.arch in moco.ARCHS:
+        create = f'timm.create_model("{name}", num_heads=12, img_size={size}, num_classes=0)'
+        if name is None:
+            sizes = moco.ARCHS[model.arch]
+            create = (
+                f"timm.models.VisionTransformer({size}, {sizes['patch']}, num_classes=0, "
+                f"embed_dim={sizes['width']}, depth={sizes['layers']}, num_heads={sizes['heads']})"
+            )
+    elif name:
+        return [f'model = open_clip.create_model("{name}", {file}, force_image_size={size})']
+    else:
+        create = f'clip_model.create("{model.arch}", {size}, {len(model.token_embedding.weight)})  # not in open_clip'
+    return [f"model = {create}", f"model.load_state_dict(torch.load({file}))"]
+
+
+def run_export(args):
+    model, _ = load_model(
+        args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu, text=False
+    )
+    tokenizer, state = load_checkpoint(args.checkpoint).get("tokenizer"), export(model)
+    _write(args.out, lambda file: torch.save(state, file))
+    print(*loading_lines(model, args.out), sep="\n")
+    if tokenizer == clip_model.HashedWords.name:
+        print(
+            "WARNING: this model was trained on hashed words. open_clip loads it without a word, but with "
+            "open_clip's tokenizer it knows no text (scores as by chance). Use these tokens:\n"
+            "  words = clip_model.HashedWords()\n"
+            "  tokens = torch.stack([F.pad(t, (0, 77 - len(t))) for t in map(torch.as_tensor, map(words, texts))])"
+        )
+    return {"out": args.out, "tensors": len(state), "tokenizer": tokenizer}
+
+
+# ---------------------------------------------------------------- what SCAN found: coresets, suspects
+
+
 def make_coreset(runs, prune):
     """Run folders or checkpoints -> (kept ids, rows of the overlap table (Table 5))."""
-    checkpoints = [
-        load_checkpoint(os.path.join(run, "last.pt") if os.path.isdir(run) else run) for run in runs
-    ]
+    checkpoints = [_run(run) for run in runs]
     for run, checkpoint in zip(runs, checkpoints, strict=True):
-        if not {"scan", "data"} <= set(checkpoint):
-            raise EvalError(f"{run}: not a run of train.py")
         if checkpoint["data"] != checkpoints[0]["data"]:
-            raise EvalError(f"{run} was trained on other data than {runs[0]}: no coreset of both")
-        if not checkpoint["scan"]["counts"].any():
-            raise EvalError(f"{run} has finished no preparation epoch: it says nothing about its samples yet")
+            raise UserError(f"{run} was trained on other data than {runs[0]}: no coreset of both")
     states = [checkpoint["scan"] for checkpoint in checkpoints]
     pruned = [pruned_set(state, prune) for state in states]
 
@@ -531,201 +661,14 @@ def make_coreset(runs, prune):
     return coreset(states, prune), [([runs[m] for m in group], overlap(group)) for group in groups]
 
 
-# ---------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(5)  # rank 0 speaks for all, and torchrun then ends them
-            self.exit(2)
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage before it
-
-
-def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = {
-        "zeroshot": "CLIP: nearest prompt of each class",
-        "retrieval": "CLIP: images by text and texts by image",
-        "knn": "k-nearest-neighbour classifier on frozen features",
-        "linear": "linear classifier on frozen features",
-        "finetune": "train the image tower and a classifier",
-        "export": "write weights for open_clip or timm",
-        "coreset": "write the ids that a static coreset keeps",
-    }
-    p = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
-    p["coreset"].add_argument(
-        "runs", nargs="+", help="folders of runs over the same data, or their checkpoints"
-    )
-    p["coreset"].add_argument("--prune", type=float, required=True, help="share of the data to leave out")
-    for name in about.keys() - {"coreset"}:
-        add = p[name].add_argument
-        add("--checkpoint", required=True, help="last.pt of a run, or a state dict of others")
-        add("--arch", choices=[*clip_model.ARCHS, *moco.ARCHS], help="of a state dict of others")
-        add("--image-size", type=int, help="of a state dict of others (224)")
-        add("--quick-gelu", action="store_true", help="for OpenAI's own weights")
-        add("--vocab", help="bpe_simple_vocab_16e6.txt.gz, if the model was trained with it")
-    for name in ("zeroshot", "retrieval", "knn", "linear", "finetune"):
-        add = p[name].add_argument
-        add("--data", default="shapes" if name != "retrieval" else None, required=name == "retrieval")
-        add("--img-key", default="filepath", help="column of a CSV")
-        add("--caption-key", default="title", help="column of a CSV")
-        add("--label-key", help="column of a CSV, or key in the .json of tar shards, with the class")
-        add("--download", action="store_true", help="fetch CIFAR if it is missing")
-        add("--batch-size", type=int, help="256, or what the protocol trains with (global)")
-        add("--workers", type=int, default=min(8, os.cpu_count() or 1) - 1, help="loading processes per rank")
-        add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    for name in ("knn", "linear", "finetune"):
-        p[name].add_argument("--val-data", help="what is classified (--data: what is learnt from)")
-    for name in ("zeroshot", "finetune"):
-        add = p[name].add_argument
-        add(
-            "--classnames",
-            help='one a line, in the order of the classes, or "imagenet" (torchvision\'s names)',
-        )
-        add("--templates", help="one a line, {} for the name")
-    for name in ("linear", "finetune"):
-        add = p[name].add_argument
-        add("--epochs", type=int)
-        add("--lr", type=float, help="peak")
-        add("--wd", type=float)
-        add("--seed", type=int, default=0)
-    p["zeroshot"].add_argument("--wnids", help="the 1000 in order: a file, one a line, or an ImageNet tree")
-    p["retrieval"].add_argument("--split-captions", action="store_true", help="each line is a caption")
-    p["knn"].add_argument("--k", type=int, default=20)
-    p["linear"].add_argument(
-        "--protocol", choices=["lbfgs", "sgd"], default="lbfgs", help="sgd: MoCo v3's, 90 augmented epochs"
-    )
-    p["finetune"].add_argument("--test-data", nargs="+", default=[], help="more to classify: ImageNet-V2, -R")
-    for name in ("export", "coreset", "finetune"):
-        p[name].add_argument("--out", required=name != "finetune", help="file to write")
-    args = parser.parse_args(argv)
-
-    def need(ok, flag, what):
-        if not ok:
-            parser.error(f"--{flag.replace('_', '-')} must be {what}, got {getattr(args, flag)}")
-
-    given = {flag: value for flag, value in vars(args).items() if value is not None}
-    for flag in given.keys() & {"batch_size", "k", "epochs", "image_size"}:
-        need(1 <= given[flag] < 2**31, flag, "at least 1")
-    for flag in given.keys() & {"workers", "seed"}:
-        need(0 <= given[flag] < 2**63, flag, "at least 0")
-    for flag in given.keys() & {"lr", "wd"}:
-        need(0 <= given[flag] < math.inf, flag, "a finite number of at least 0")
-    need(0 <= given.get("prune", 0) <= 1, "prune", "a share between 0 and 1")
-    return args
-
-
-def _lines(path, what):
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"--{what} {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not lines:
-        raise EvalError(f"--{what} {path}: is empty")
-    return lines
-
-
-def _wnids(path):
-    return data.Tree(path).classes if os.path.isdir(path) else _lines(path, "wnids")
-
-
-def start_ranks(args):
-    cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local >= torch.cuda.device_count():
-        raise EvalError(f"no GPU {local} here: start one rank per GPU, or use --device cpu")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return device
-
-
-def run(args):
-    if args.command == "coreset":
-        return run_coreset(args)
-    text = args.command in ("zeroshot", "retrieval", "finetune")
-    model, tokenizer = load_model(
-        args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu, text=text
-    )
-    if args.command == "export":
-        _write(args.out, lambda file: torch.save(export(model), file))
-        return {"out": args.out, "tensors": len(export(model))}
-    if tokenizer is None and args.command in ("zeroshot", "retrieval"):
-        raise EvalError(f"{args.command} needs captions, which {model.arch} never learnt: use knn or linear")
-    device = start_ranks(args)
-    model.to(device)
-    loading = dict(batch_size=args.batch_size or 256, workers=args.workers)
-
-    def source(spec, train):
-        keys = dict(image_key=args.img_key, caption_key=args.caption_key, label_key=args.label_key)
-        opened = data.open_source(
-            spec, train=train, size=model.image_size, captions=text, download=args.download, **keys
-        )
-        if args.command != "retrieval" and opened.labels is None:
-            raise EvalError(f"{spec}: has no classes; use class folders, or name its --label-key")
-        return opened
-
-    if args.command == "retrieval":
-        return retrieval(
-            model, tokenizer, source(args.data, False), device, split_captions=args.split_captions, **loading
-        )
-    if args.command == "zeroshot":
-        images, wnids = source(args.data, False), _wnids(args.wnids) if args.wnids else None
-        classes, folders = zeroshot_classes(images, _classnames(args), wnids)
-        names = dict(classes=classes, folders=folders, templates=_templates(args.templates))
-        return zeroshot(model, tokenizer, images, device, **names, **loading)
-
-    if args.val_data is None and not args.data.startswith("shapes"):
-        raise EvalError("--val-data: say what to classify")
-    train, test = source(args.data, True), source(args.val_data or "shapes", False)
-    if args.command == "knn":
-        return knn(model, train, test, device, k=args.k, **loading)
-    if args.command == "linear" and args.protocol == "lbfgs":
-        return linear(model, train, test, device, **loading)
-
-    others = {spec: source(spec, False) for spec in getattr(args, "test_data", [])}
-    return train_and_classify(args, model, tokenizer, train, test, others, device, loading)
-
-
-def train_and_classify(args, model, tokenizer, train, test, others, device, loading):
-    """Fine-tuning, or MoCo v3's linear protocol -> accuracy on `test`, and on `others` by name."""
-    for images in (test, *others.values()):
-        class_labels(images, train.classes)  # what does not fit is said now, not hours later
-    out = getattr(args, "out", None)
-    if out and not os.access(os.path.dirname(out) or ".", os.W_OK):
-        raise EvalError(f"--out {out}: its folder cannot be written")
-    head, frozen = None, args.command == "linear"
-    if tokenizer is not None and not frozen:
-        names, folders = zeroshot_classes(train, _classnames(args))
-        classes = [names[folders.index(folder)] for folder in train.classes]
-        templates = _templates(args.templates) or getattr(train, "templates", ["a photo of a {}."])
-        head = zeroshot_classifier(model, tokenizer, classes, templates, device)
-        head *= model.logit_scale.exp().item()
-    recipe = LINEAR_SGD if frozen else FINETUNE_CLIP if tokenizer is not None else FINETUNE_MOCO
-    given = {name: getattr(args, name) for name in recipe if getattr(args, name, None) is not None}
-    batch = min(given.get("batch_size", recipe["batch_size"]), len(train))
-    if tokenizer is None or frozen:  # these rates are for a batch of 1024
-        recipe = recipe | {"lr": recipe["lr"] * batch / recipe["batch_size"]}
-    torch.manual_seed(args.seed)
-    classifier = Classifier(model, len(train.classes), frozen, head).to(device)
-    augment = "flip" if frozen else "light" if tokenizer is not None else "deit"
-    train_classifier(
-        classifier, train, augment, device, workers=args.workers, seed=args.seed, **(recipe | given)
-    )
-    if out and _ranks()[0] == 0:
-        state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
-        _write(out, lambda file: torch.save(state, file))
-    scores = {
-        spec: classify(classifier, images, train.classes, device, **loading)
-        for spec, images in {"": test, **others}.items()
-    }
-    result = scores.pop("")
-    return result | ({"test": scores} if scores else {})
+def _run(path):
+    """The checkpoint of a run that has finished a preparation epoch."""
+    checkpoint = load_checkpoint(path)
+    if not {"scan", "data", "args"} <= set(checkpoint):
+        raise UserError(f"{path}: not a run of train.py")
+    if not checkpoint["scan"]["counts"].any():
+        raise UserError(f"{path} has finished no preparation epoch: it says nothing about its samples yet")
+    return checkpoint
 
 
 def run_coreset(args):
@@ -739,16 +682,251 @@ def run_coreset(args):
     return {"out": args.out, "kept": len(kept), "prune": args.prune, "overlap": overlap}
 
 
-def _classnames(args):
-    return args.classnames if args.classnames in (None, "imagenet") else _lines(args.classnames, "classnames")
+# ---------------------------------------------------------------- ranks, devices, and lines for the user
 
 
-def _templates(path):
-    if path is None:
+def start_ranks(device_flag):
+    """-> rank, world size, device; from torchrun's environment, or one process without it."""
+    defaults = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in defaults)
+    kind = device_flag
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(f"rank {rank} finds no GPU {local} here: start one rank per GPU, or use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine, or its torch, has none: use --device cpu")
+    if kind == "mps" and world > 1:
+        raise UserError("--device mps: one process only, torch cannot gather from several")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:
+        # After a restart by torchrun (--max-restarts) its store still holds the addresses of the dead ranks.
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
+    return rank, world, device
+
+
+def _ranks():
+    """-> rank, world size."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def precision(asked, device):
+    """auto, fp32 or bf16 -> fp32 or bf16; auto is bf16 where the device computes with it, not by emulation."""
+    if asked != "auto":
+        return asked
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def loading_processes():
+    """How many loading processes a rank starts by default: one per core that it has, at most 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 32)
+
+
+def progress(text):
+    """A line that overwrites itself, on a terminal, of rank 0."""
+    if _ranks()[0] == 0 and sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1  # a longer one would wrap, and not be overwritten
+        print(f"\r{text[:width]:<{width}}", end="" if text else "\r", file=sys.stderr, flush=True)
+
+
+def say(text):
+    """A line of rank 0."""
+    if _ranks()[0] == 0:
+        print(text, flush=True)
+
+
+def one_line_warnings(program):
+    """Warnings from here on are one line on stderr, of rank 0, as errors are."""
+
+    def show(message, *_, **__):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{program}: {str(message).splitlines()[0]}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def fail(program, line, code=1):
+    """Say what was wrong in one line, and end. Rank 0 speaks for all, unless the failure is another's alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # by then rank 0 has spoken, and torchrun ended this one
+    line = f"{program}: " + f"rank {rank}: " * (rank > 0) + line
+    print(line, file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:  # torchrun ends with a traceback of its own: the last of it shall be this line
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with open(report, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": line, "extraInfo": details}}, file)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- command line
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and behind each flag its default, where it has one of its own."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": Help} | options)
+
+    def error(self, message):
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            sys.exit(0)  # all ranks see the same flags, and torchrun would report on each that fails
+        fail(self.prog, message, 2)
+
+
+def _number(text, kind, ok, what):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not ok(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return value
+
+
+# What flags take: `type=` of argparse
+def share(text):
+    return _number(text, float, lambda x: 0 <= x <= 1, "a share between 0 and 1")
+
+
+def natural(text):
+    return _number(text, int, lambda x: 1 <= x < 2**31, "a whole number of at least 1")
+
+
+def count(text):
+    return _number(text, int, lambda x: 0 <= x < 2**63, "a whole number of at least 0")
+
+
+def finite(text):
+    return _number(text, float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+
+
+def by_recipe(name, protocols):
+    """What --help says of a default that depends on the recipe."""
+    return "default: " + ", ".join(f"{RECIPES[p][name]:g} ({p})" for p in protocols)
+
+
+ABOUT = {
+    "zeroshot": "CLIP: nearest prompt of each class",
+    "retrieval": "CLIP: images by text and texts by image",
+    "knn": "k-nearest-neighbour classifier on frozen features",
+    "linear": "linear classifier on frozen features",
+    "finetune": "train the image tower and a classifier: CLIP as wise-ft does, MoCo as DeiT does",
+    "export": "write weights for open_clip or timm",
+    "coreset": "write the ids that a static coreset keeps",
+    "suspects": "list what a run marked most often, to look at one's own data",
+}
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = {name: commands.add_parser(name, help=text, description=text) for name, text in ABOUT.items()}
+    for name in ("zeroshot", "retrieval", "knn", "linear", "finetune", "export"):
+        add = p[name].add_argument
+        add("--checkpoint", required=True, help="folder of a run, its last.pt, or a state dict of others")
+        add("--arch", choices=[*clip_model.ARCHS, *moco.ARCHS], help="of a state dict of others")
+        add("--image-size", type=natural, help="of a state dict of others; default: 224")
+        add("--quick-gelu", action="store_true", help="for OpenAI's own weights")
+        add("--vocab", help="bpe_simple_vocab_16e6.txt.gz, if the model was trained with it")
+    for name in ("zeroshot", "retrieval", "knn", "linear", "finetune"):
+        add = p[name].add_argument
+        given = dict(required=True) if name == "retrieval" else dict(default="shapes")
+        add("--data", **given, help="shapes[:N], tar shards, .csv/.tsv, class folders, cifar10[:DIR]")
+        add("--img-key", default="filepath", help="column of a CSV")
+        add("--caption-key", default="title", help="column of a CSV")
+        add("--label-key", help="column of a CSV, or key in the .json of tar shards, with the class")
+        add("--download", action="store_true", help="fetch CIFAR if it is missing")
+        add("--workers", type=count, default=loading_processes(), help="loading processes per rank")
+        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda or cpu")
+    for name in ("zeroshot", "retrieval", "knn"):
+        p[name].add_argument("--batch-size", type=natural, default=256, help="pictures per rank")
+    for name in ("knn", "linear", "finetune"):
+        p[name].add_argument("--val-data", help="what is classified (--data: what is learnt from)")
+    for name in ("zeroshot", "finetune"):
+        add = p[name].add_argument
+        add("--classnames", help="file, one a line, in the order of the classes; imagenet: torchvision's")
+        add("--templates", help='file, one a line, {} for the name; default: "a photo of a {}."')
+    for name, recipes in (("linear", ["sgd"]), ("finetune", ["wise-ft", "deit"])):
+        add = p[name].add_argument
+        add("--epochs", type=natural, help=by_recipe("epochs", recipes))
+        add("--batch-size", type=natural, help=f"over all ranks; {by_recipe('batch_size', recipes)}")
+        per_256 = {
+            "sgd": "3 x batch / 256",
+            "wise-ft": "3e-5 (wise-ft)",
+            "deit": "2.5e-4 x batch / 256 (deit)",
+        }
+        add("--lr", type=finite, help="peak; default: " + ", ".join(per_256[p] for p in recipes))
+        add("--wd", type=finite, help=f"weight decay; {by_recipe('wd', recipes)}")
+        add("--seed", type=count, default=0, help="of the order, the augmentation and a new head")
+    p["zeroshot"].add_argument("--wnids", help="the 1000 in order: a file, one a line, or an ImageNet tree")
+    p["retrieval"].add_argument("--split-captions", action="store_true", help="each line is a caption")
+    p["knn"].add_argument("--k", type=natural, default=20, help="neighbours that vote")
+    about = "lbfgs: logistic regression on features of centre crops; sgd: MoCo v3's, with augmentation"
+    p["linear"].add_argument("--protocol", choices=["lbfgs", "sgd"], default="lbfgs", help=about)
+    p["finetune"].add_argument("--test-data", nargs="+", default=[], help="more to classify: ImageNet-V2, -R")
+    p["coreset"].add_argument("runs", nargs="+", help="folders of runs over the same data, or checkpoints")
+    p["coreset"].add_argument("--prune", type=share, required=True, help="share of the data to leave out")
+    p["suspects"].add_argument("checkpoint", metavar="run", help="folder of a run, or its last.pt")
+    p["suspects"].add_argument("--data", help="where the data are now; default: where the run had them")
+    p["suspects"].add_argument("--share", type=share, default=0.15, help="most of each kind, of the data")
+    for name in ("export", "coreset", "suspects", "finetune"):
+        p[name].add_argument("--out", required=name != "finetune", help="file to write")
+    args = parser.parse_args(argv)
+    if args.command == "linear" and args.protocol == "lbfgs":
+        for flag in ("epochs", "lr", "wd"):
+            if getattr(args, flag) is not None:
+                p["linear"].error(f"argument --{flag}: is for --protocol sgd")
+    return args
+
+
+def _lines(path, flag):
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not lines:
+        raise UserError(f"{flag} {path}: is empty")
+    return lines
+
+
+def _wnids(args):
+    if getattr(args, "wnids", None) is None:
         return None
-    templates = _lines(path, "templates")
-    if not all("{}" in template for template in templates):
-        raise EvalError(f"--templates {path}: every line needs a {{}} for the class name")
+    return data.Tree(args.wnids).classes if os.path.isdir(args.wnids) else _lines(args.wnids, "--wnids")
+
+
+def _classnames(args):
+    return (
+        args.classnames if args.classnames in (None, "imagenet") else _lines(args.classnames, "--classnames")
+    )
+
+
+def _templates(args):
+    templates = _lines(args.templates, "--templates") if args.templates else None
+    if not all("{}" in template for template in templates or ()):
+        raise UserError(f"--templates {args.templates}: every line needs a {{}} for the class name")
     return templates
 
 
@@ -757,7 +935,78 @@ def _write(path, write):
         with open(path, "wb") as file:
             write(file)
     except (OSError, RuntimeError) as error:
-        raise EvalError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def run_protocol(args):
+    """Any command that looks at pictures -> its dict of shares."""
+    text = args.command in ("zeroshot", "retrieval", "finetune")
+    model, tokenizer = load_model(
+        args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu, text
+    )
+    if tokenizer is None and args.command in ("zeroshot", "retrieval"):
+        raise UserError(f"{args.command} needs captions, which {model.arch} never learnt: use knn or linear")
+    if args.command in ("knn", "linear", "finetune") and args.val_data is None:
+        if not args.data.startswith("shapes"):
+            raise UserError("--val-data: say what to classify")
+        args.val_data = "shapes"
+    device = start_ranks(args.device)[2]
+    model.to(device)
+    loading = dict(batch_size=args.batch_size or 256, workers=args.workers)
+
+    def source(spec, train=False):
+        keys = dict(image_key=args.img_key, caption_key=args.caption_key, label_key=args.label_key)
+        keys |= dict(captions=args.command == "retrieval", download=args.download)
+        opened = data.open_source(spec, train=train, size=model.image_size, **keys)
+        if args.command != "retrieval" and opened.labels is None:
+            raise UserError(f"{spec}: has no classes; use class folders, or name its --label-key")
+        return opened
+
+    if args.command == "retrieval":
+        split = args.split_captions
+        return retrieval(model, tokenizer, source(args.data), device, split_captions=split, **loading)
+    if args.command == "zeroshot":
+        names = dict(classnames=_classnames(args), wnids=_wnids(args), templates=_templates(args))
+        return zeroshot(model, tokenizer, source(args.data), device, **names, **loading)
+    train, test = source(args.data, train=True), source(args.val_data)
+    if args.command == "knn":
+        return knn(model, train, test, device, k=args.k, **loading)
+    if args.command == "linear" and args.protocol == "lbfgs":
+        return linear(model, train, test, device, **loading)
+    others = {spec: source(spec) for spec in getattr(args, "test_data", [])}
+    return train_and_classify(args, model, tokenizer, train, test, others, device)
+
+
+def train_and_classify(args, model, tokenizer, train, test, others, device):
+    """Fine-tuning, or MoCo v3's linear protocol -> accuracy on `test`, and on `others` by name."""
+    for images in (test, *others.values()):
+        class_labels(images, train.classes)  # what does not fit is said now, not hours later
+    out, frozen, head = getattr(args, "out", None), args.command == "linear", None
+    if out and not os.access(os.path.dirname(out) or ".", os.W_OK):
+        raise UserError(f"--out {out}: its folder cannot be written")
+    protocol = "sgd" if frozen else "deit" if tokenizer is None else "wise-ft"
+    if protocol == "wise-ft":  # the head starts from the zero-shot weights
+        names, folders = zeroshot_classes(train, _classnames(args))
+        names = [names[folders.index(folder)] for folder in train.classes]
+        head = zeroshot_classifier(model, tokenizer, names, _prompts(train, _templates(args)), device)
+        head *= model.logit_scale.exp().item()
+    recipe = dict(RECIPES[protocol])
+    recipe |= {name: getattr(args, name) for name in recipe if getattr(args, name) is not None}
+    if protocol != "wise-ft" and args.lr is None:
+        recipe["lr"] *= min(recipe["batch_size"], len(train)) / RECIPES[protocol]["batch_size"]
+    torch.manual_seed(args.seed)
+    classifier = Classifier(model, len(train.classes), frozen, head).to(device)
+    train_classifier(classifier, train, protocol, device, workers=args.workers, seed=args.seed, **recipe)
+    if out and _ranks()[0] == 0:
+        state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
+        _write(out, lambda file: torch.save(state, file))
+    look = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR) if frozen else {}
+    scores = {
+        spec: classify(classifier, images, train.classes, device, workers=args.workers, **look)
+        for spec, images in {"": test, **others}.items()
+    }
+    result = {"protocol": protocol} | scores.pop("")
+    return result | ({"test": scores} if scores else {})
 
 
 def _print_scores(result, indent="  "):
@@ -765,27 +1014,27 @@ def _print_scores(result, indent="  "):
         if isinstance(value, dict):
             print(f"{indent}{name}")
             _print_scores(value, indent + "  ")
-        elif name == "n":
-            print(f"{indent}{name:<9} {value:>9,}")
-        else:
-            print(f"{indent}{name:<9} {value:>9{'g' if name == 'penalty' else '.2%'}}")
+        elif name != "protocol":
+            form = {"n": ",", "penalty": "g"}.get(name, ".2%")
+            print(f"{indent}{name:<9} {value:>9{form}}")
 
 
 def main(argv=None):
     args = parse_args(argv)
+    one_line_warnings("eval.py")
+    on_files = {"export": run_export, "coreset": run_coreset, "suspects": run_suspects}.get(args.command)
     try:
-        result = run(args)
-        if _ranks()[0] == 0:
-            if args.command not in ("coreset", "export"):
-                print(
-                    f"{args.command} of {args.checkpoint} on {getattr(args, 'val_data', None) or args.data}"
-                )
+        if on_files is None:
+            result = run_protocol(args)
+            if _ranks()[0] == 0:
+                where = getattr(args, "val_data", None) or args.data
+                print(f"{result['protocol']} of {args.checkpoint} on {where}")
                 _print_scores(result)
-            print(json.dumps(result))
-    except (EvalError, DataError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"eval.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(1)
+                print(json.dumps(result))
+        elif int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(on_files(args)))
+    except UserError as error:
+        fail("eval.py", str(error).strip().splitlines()[-1])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
