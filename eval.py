@@ -9,7 +9,7 @@
         --val-data imagenet --test-data imagenetv2 imagenet-r                     # any command runs on ranks
     python eval.py export    --checkpoint runs/x --out weights.pt                 # for open_clip or timm
     python eval.py coreset   runs/a runs/b --prune 0.3 --out kept.npy             # Sect. 4.3
-    python eval.py suspects  runs/x --out suspects.csv                            # what to look at in the data
+    python eval.py suspects  runs/x --out suspects.csv                            # of one's own data
 
 Prints a table and, as its last line, one JSON object: shares (not percent), and n, the images evaluated.
 "balanced" is the mean over classes of the share found. Class folders may be ImageNet's 1000 wnids, those 200
@@ -19,6 +19,7 @@ CLIP's for text also their vocabulary --vocab, and OpenAI's own --quick-gelu.
 
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -427,7 +428,7 @@ def _logistic_regression(x, y, classes, penalty, steps=200):
     return probe.requires_grad_(False)
 
 
-# ---------------------------------------------------------------- protocols that train: wise-ft, DeiT, MoCo v3
+# ---------------------------------------------------------------- protocols that train a classifier
 
 
 class Classifier(nn.Module):
@@ -520,9 +521,8 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
     sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=not ragged)
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=cuda)
     loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=not ragged, **options)
-    mixes = [v2.MixUp(alpha=0.8, num_classes=len(train.classes))] if len(train.classes) > 1 else []
-    mixes += [v2.CutMix(alpha=1.0, num_classes=len(train.classes))]
-    mix = v2.RandomChoice(mixes)
+    mixes = [(v2.MixUp, 0.8), (v2.CutMix, 1.0)]
+    mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(train.classes)) for kind, alpha in mixes])
     optimizer, module = make_optimizer(classifier, protocol, lr, wd), classifier
     if world > 1:
         module = DistributedDataParallel(classifier, device_ids=[device.index] if cuda else None)
@@ -590,49 +590,41 @@ def export(model):
     return model.state_dict()
 
 
-def loading_lines(model, path):
+# what the architectures are called elsewhere; the others have no model there
+OPEN_CLIP = {"vit_s32": "ViT-S-32", "vit_s16": "ViT-S-16", "vit_b32": "ViT-B-32", "vit_b16": "ViT-B-16"}
+OPEN_CLIP |= {"rn50": "RN50", "rn101": "RN101"}
+TIMM = {"moco_vit_s16": "vit_small_patch16_224", "moco_vit_b16": "vit_base_patch16_224"}
+
+WARNING = """\
+WARNING: this model reads hashed words. open_clip will load it without a word, but whatever open_clip's own
+tokenizer makes of a text means nothing to it: scores as by chance. Give it these tokens instead:
+    words = clip_model.HashedWords()
+    tokens = torch.stack([F.pad(torch.from_numpy(words(text)), (0, 77))[:77] for text in texts])"""
+
+
+def loading_line(model, path):
     """Python that loads the exported weights elsewhere."""
     size, file = model.image_size, json.dumps(str(path))
-    names = {
-        "moco_vit_s16": "vit_small_patch16_224",
-        "moco_vit_b16": "vit_base_patch16_224",
-        "vit_s32": "ViT-S-32",
-        "vit_s16": "ViT-S-16",
-        "vit_b32": "ViT-B-32",
-        "vit_b16": "ViT-B-16",
-        "rn50": "RN50",
-        "rn101": "RN101",
-    }
-    name = names.get(model.arch)
-    if model.arch in moco.ARCHS:
-        create = f'timm.create_model("{name}", num_heads=12, img_size={size}, num_classes=0)'
-        if name is None:
-            sizes = moco.ARCHS[model.arch]
-            create = (
-                f"timm.models.VisionTransformer({size}, {sizes['patch']}, num_classes=0, "
-                f"embed_dim={sizes['width']}, depth={sizes['layers']}, num_heads={sizes['heads']})"
-            )
-    elif name:
-        return [f'model = open_clip.create_model("{name}", {file}, force_image_size={size})']
-    else:
-        create = f'clip_model.create("{model.arch}", {size}, {len(model.token_embedding.weight)})  # not in open_clip'
-    return [f"model = {create}", f"model.load_state_dict(torch.load({file}))"]
+    if model.arch in OPEN_CLIP:
+        return f'model = open_clip.create_model("{OPEN_CLIP[model.arch]}", {file}, force_image_size={size})'
+    create = f'clip_model.create("{model.arch}", {size})  # not in open_clip'
+    if model.arch in TIMM:
+        create = f'timm.create_model("{TIMM[model.arch]}", num_heads=12, img_size={size}, num_classes=0)'
+    elif model.arch in moco.ARCHS:
+        create = (
+            "timm.models.VisionTransformer(img_size={}, num_classes=0, embed_dim={width}, depth={layers}, "
+            "num_heads={heads}, patch_size={patch})".format(size, **moco.ARCHS[model.arch])
+        )
+    return f"model = {create}\nmodel.load_state_dict(torch.load({file}))"
 
 
 def run_export(args):
-    model, _ = load_model(
-        args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu, text=False
-    )
+    model, _ = load_model(args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu, False)
     tokenizer, state = load_checkpoint(args.checkpoint).get("tokenizer"), export(model)
     _write(args.out, lambda file: torch.save(state, file))
-    print(*loading_lines(model, args.out), sep="\n")
+    print(loading_line(model, args.out))
     if tokenizer == clip_model.HashedWords.name:
-        print(
-            "WARNING: this model was trained on hashed words. open_clip loads it without a word, but with "
-            "open_clip's tokenizer it knows no text (scores as by chance). Use these tokens:\n"
-            "  words = clip_model.HashedWords()\n"
-            "  tokens = torch.stack([F.pad(t, (0, 77 - len(t))) for t in map(torch.as_tensor, map(words, texts))])"
-        )
+        print(WARNING)
     return {"out": args.out, "tensors": len(state), "tokenizer": tokenizer}
 
 
@@ -682,6 +674,63 @@ def run_coreset(args):
     return {"out": args.out, "kept": len(kept), "prune": args.prune, "overlap": overlap}
 
 
+def find_suspects(checkpoint, source, most):
+    """[(id, kind, rounds marked, mean quantile of the loss)] of a run: ill-matched first, the worst first.
+
+    most: how many of each kind at most. Of a sample that was marked as both, the kind that it was more often.
+    """
+    state = checkpoint["scan"]
+    quantile, ill = state["quantile"].float(), state["ill_counts"].int()
+    redundant = state["counts"].int() - ill
+    rows = []
+    for kind, counts, mine, order in (
+        ("ill-matched", ill, ill >= redundant, -quantile),
+        ("redundant", redundant, ill < redundant, quantile),
+    ):
+        ids = (mine & (counts > 0)).nonzero().flatten()
+        ids = ids[order[ids].argsort(stable=True)[:most]]
+        rows += [(i, kind, int(counts[i]), float(quantile[i])) for i in ids.tolist()]
+    return rows
+
+
+def run_suspects(args):
+    checkpoint = _run(args.checkpoint)
+    trained, scan = checkpoint["args"], checkpoint["scan"]
+    captions = trained["arch"] in clip_model.ARCHS
+    keys = {f"{key}_key": trained[name] for key, name in (("image", "img_key"), ("caption", "caption_key"))}
+    spec = args.data or trained["data"]
+    source = data.open_source(spec, size=trained["image_size"], captions=captions, **keys)
+    dataset = data.Samples(source, 0)
+    if captions:
+        dataset = data.Pairs(source, None, trained["image_size"], mismatch=trained["mismatch"])
+    if dataset.fingerprint() != checkpoint["data"]["hash"]:
+        raise UserError(
+            f"{spec}: not the data that {args.checkpoint} was trained on; say where they are: --data"
+        )
+    suspects = find_suspects(checkpoint, source, int(args.share * len(source)))
+
+    def write(file):
+        table = csv.writer(
+            io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True)
+        )
+        table.writerow(["id", "where", "caption", "kind", "marked", "rounds", "quantile"])
+        for i, kind, marked, quantile in suspects:
+            caption = dataset.caption(i) if captions else ""
+            table.writerow([i, source.where(i), caption, kind, marked, scan["rounds"], round(quantile, 4)])
+
+    _write(args.out, write)
+    ill = [i for i, kind, *_ in suspects if kind == "ill-matched"]
+    result = {"out": args.out, "ill_matched": len(ill), "redundant": len(suspects) - len(ill)}
+    if trained["mismatch"]:
+        planted = dataset.truth["ill_matched"]
+        for first in (0.05, 0.1, 0.15):
+            found = planted[ill[: int(first * len(source))]]
+            precision, recall = found.mean(), found.sum() / planted.sum()
+            print(f"first {first:4.0%}  precision {precision:6.1%}  recall {recall:6.1%}")
+            result[f"first_{first:g}"] = {"precision": float(precision), "recall": float(recall)}
+    return result
+
+
 # ---------------------------------------------------------------- ranks, devices, and lines for the user
 
 
@@ -720,7 +769,7 @@ def _ranks():
 
 
 def precision(asked, device):
-    """auto, fp32 or bf16 -> fp32 or bf16; auto is bf16 where the device computes with it, not by emulation."""
+    """auto, fp32 or bf16 -> fp32 or bf16. auto: bf16 where the GPU has it, rather than emulates it."""
     if asked != "auto":
         return asked
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -757,7 +806,7 @@ def one_line_warnings(program):
 
 
 def fail(program, line, code=1):
-    """Say what was wrong in one line, and end. Rank 0 speaks for all, unless the failure is another's alone."""
+    """End with one line that says what was wrong. Rank 0 speaks for all, unless another failed alone."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -779,7 +828,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The description as it is written, and behind each flag its default, where it has one of its own."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
