@@ -878,9 +878,6 @@ class Samples(Dataset):
     def fingerprint(self):
         return self.source.fingerprint()[:16]
 
-    def why(self, i):
-        return self.source.where(i)
-
     def set_epoch(self, epoch):
         """Before the loader's iterator starts."""
         self._epoch.fill_(epoch)
