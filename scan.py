@@ -65,7 +65,7 @@ def info_nce(query, key, scale):
 
 
 _PLAIN = 2**24  # logits: up to here autograd keeps them all, which is fastest
-_BLOCK = 2**22  # logits held at once, of larger batches
+_BLOCK = 2**23  # logits held at once, of larger batches
 
 
 class _BlockedLoss(torch.autograd.Function):
@@ -75,28 +75,28 @@ class _BlockedLoss(torch.autograd.Function):
     def forward(ctx, query, keys, scale, first):
         rows = max(1, _BLOCK // len(keys))
         positives = torch.arange(first, first + len(query), device=query.device)
-        norms, losses = [], []
-        for q, p in zip(query.split(rows), positives.split(rows)):
+        norms, losses = query.new_empty(2, len(query))  # not piece by piece: that would scatter the memory
+        for q, positive, norm, loss in zip(*(x.split(rows) for x in (query, positives, norms, losses))):
             logits = scale * q @ keys.T
-            norms.append(logits.logsumexp(1))
-            losses.append(norms[-1] - logits.gather(1, p[:, None])[:, 0])
-        ctx.save_for_backward(query, keys, scale, positives, torch.cat(norms))
-        return torch.cat(losses)
+            norm.copy_(logits.logsumexp(1))
+            loss.copy_(norm - logits.gather(1, positive[:, None])[:, 0])
+        ctx.save_for_backward(query, keys, scale, positives, norms)
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         query, keys, scale, positives, norms = ctx.saved_tensors
         rows = max(1, _BLOCK // len(keys))
-        to_query, to_keys = [], torch.zeros_like(keys)
+        to_query, to_keys = torch.empty_like(query), torch.zeros_like(keys)
         with torch.autocast(query.device.type, enabled=False):
-            for q, p, norm, g in zip(*(x.split(rows) for x in (query, positives, norms, grad))):
-                # d loss / d logits = softmax - 1 at the positive
+            parts = (x.split(rows) for x in (query, positives, norms, grad, to_query))
+            for q, positive, norm, g, out in zip(*parts):
+                # of one loss by its logits: the softmax, less 1 at the positive
                 d = (scale * q @ keys.T).sub_(norm[:, None]).exp_()
-                d.scatter_add_(1, p[:, None], -torch.ones_like(g)[:, None]).mul_(g[:, None])
-                to_query.append(d @ keys)
+                d.scatter_add_(1, positive[:, None], -torch.ones_like(g)[:, None]).mul_(g[:, None])
+                torch.mm(d, keys, out=out)
                 to_keys.addmm_(d.T, scale * q)
-        to_query = torch.cat(to_query)
         return scale * to_query, to_keys, (query * to_query).sum().view_as(scale), None
 
 
