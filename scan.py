@@ -451,7 +451,7 @@ def _shuffled(mask, *key):
         yield ids[mask[ids]]
 
 
-_LARGE, _CHUNK = 2**24, 2**18
+_LARGE, _CHUNK = 2**24, 2**16  # chunks that fit into a core's cache: twice as fast
 
 
 def _permutation(n, *key):
