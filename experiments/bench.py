@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,10 @@ def memory(name):
 
 
 def alone(function, *args):
-    """What a function returns in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    """What a function returns in a fresh process. One that dies (of too little memory) is an error."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def seconds_of(function):
@@ -664,7 +666,7 @@ def scale(args):
     print(f"indexing  {samples / (ended - began):,.0f} samples/s in one process", flush=True)
     for length in args.lengths:
         options = paths, length, str(args.folder), args.workers, args.rounds
-        rates, ratio, processes, _ = in_own_process(_rehearse, *options)
+        rates, ratio, processes, _ = alone(_rehearse, *options)
         print(f"\n{length:,} samples", flush=True)
         print("loader    {:,.0f}, {:,.0f}, {:,.0f} samples/s at the first, middle, last ids".format(*rates))
         print(f"          last / first {ratio:.2f} (at least 0.95)")
@@ -678,21 +680,6 @@ def scale(args):
                     f"  {name:<12}{taken[name]:8.2f} s   peak so far {taken[name + ', MB']:8,.0f} MB",
                     flush=True,
                 )
-
-
-def _answer(queue, function, args):
-    queue.put(function(*args))
-
-
-def in_own_process(function, *args):
-    """As `alone`, but the process may have children of its own."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_answer, args=(queue, function, args))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
 
 
 def main():
