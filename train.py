@@ -176,7 +176,7 @@ def make_optimizer(model, args):
             (decay if is_moco or matrix else others).append(parameter)
     betas, eps = ((0.9, 0.98), 1e-6) if args.arch.startswith("vit") else ((0.9, 0.999), 1e-8)
     groups = [{"params": decay, "weight_decay": args.wd}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=decay[0].is_cuda)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=not decay[0].is_mps)
 
 
 def learning_rate(now, args):
