@@ -264,7 +264,7 @@ class Scan:
         self.first_preparation = None  # epoch; None until warmed up
         self.full_epochs, self.rounds = 0, 0  # epochs of full data begun, rounds of candidates found
         self.loss = math.nan
-        self.kept_mask, self.num_kept = self._all, int(self._all.sum())
+        self.kept_mask, self.num_kept = self._all, int(self._all.count_nonzero())
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.loss_count = torch.zeros((), dtype=torch.int64)
         # Redundant and ill-matched; a spare place at the end takes the writes of unmarked samples.
@@ -317,12 +317,12 @@ class Scan:
             if self.stage == "preparation":  # all data have grown back; candidates are found anew
                 self._marked.zero_()
         self.kept_mask = self._draw(prune_ratio(since, self.t_cos)) if self.stage == "mutation" else self._all
-        self.num_kept = int(self.kept_mask.sum())
+        self.num_kept = int(self.kept_mask.count_nonzero())  # sum() would make 8 bytes of each
 
     def _draw(self, share):
         """Mask (N,) of what a mutation epoch trains on: all but a random share of the candidates (Eq. 3)."""
         kept, candidates = self._all.clone(), (self.redundant | self.ill_matched).cpu()
-        drop = int(share * int(candidates.sum()))
+        drop = int(share * int(candidates.count_nonzero()))
         for ids in _shuffled(candidates, "drop", self.seed, self.epoch):
             kept[ids[:drop]] = False
             drop -= min(drop, len(ids))
