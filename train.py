@@ -521,14 +521,14 @@ class Run:
         scan, epoch = self.scan, self.scan.epoch
         self.refuse_non_finite()
         self.totals["seconds"] = time.monotonic() - self.began
-        self.check_ranks_agree("candidates", scan.redundant.cpu() * 2 + scan.ill_matched.cpu())
+        self.check_ranks_agree("candidates", torch.stack([scan.redundant, scan.ill_matched]).cpu())
         bad = self.union_over_ranks(self.totals["bad"])
         self.refuse_many_bad(bad)
         self.samples_seen += self.totals["samples"]
         kept, total, seconds = scan.num_kept, len(self.dataset), self.totals["seconds"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
         record |= {"loss": round(scan.loss, 6) if scan.step else None}
-        record |= {"kept": kept, "total": total, "candidates": len(scan.candidates)}
+        record |= {"kept": kept, "total": total, "candidates": int((scan.redundant | scan.ill_matched).count_nonzero())}
         record |= {"lr": self.optimizer.param_groups[0]["lr"]}
         record |= {"samples": self.totals["samples"], "samples_seen": self.samples_seen}
         record |= {name: round(self.totals[name], 3) for name in ("seconds", "data_seconds")}
