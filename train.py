@@ -528,7 +528,8 @@ class Run:
         kept, total, seconds = scan.num_kept, len(self.dataset), self.totals["seconds"]
         record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
         record |= {"loss": round(scan.loss, 6) if scan.step else None}
-        record |= {"kept": kept, "total": total, "candidates": int((scan.redundant | scan.ill_matched).count_nonzero())}
+        candidates = int((scan.redundant | scan.ill_matched).count_nonzero())
+        record |= {"kept": kept, "total": total, "candidates": candidates}
         record |= {"lr": self.optimizer.param_groups[0]["lr"]}
         record |= {"samples": self.totals["samples"], "samples_seen": self.samples_seen}
         record |= {name: round(self.totals[name], 3) for name in ("seconds", "data_seconds")}
