@@ -567,6 +567,11 @@ ROWS = {
     ),
     "GPU compiled step, 20 of 77": (">= 1.1", "GPU open_clip", lambda a: clip_row(20, True, a, True)),
     "GPU compiled step, 77 tokens": (">= 1.1", "GPU open_clip", lambda a: clip_row(77, True, a, True)),
+    "GPU, ours compiled, open_clip not": (
+        ">= 1.5, 5,000/s",
+        "GPU open_clip",
+        lambda a: clip_row(77, True, a, on_gpu=True, peer_compiled=False),
+    ),
     "GPU step vit_b32, from tars": ("", "GPU", gpu_clip_from_tars),
     "GPU MoCo ViT-S/16, in memory": (">= 2, 2,500/s", "GPU", lambda a: gpu_moco_row(False, False, a)),
     "GPU MoCo ViT-S/16, from tars": (">= 2, 2,500/s", "GPU", lambda a: gpu_moco_row(True, False, a)),
