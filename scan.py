@@ -36,7 +36,6 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 # ---------------------------------------------------------------- Eq. 1: one InfoNCE loss per sample
@@ -59,21 +58,46 @@ def info_nce(query, key, scale):
         query, key = query.float(), key.float()
         keys = _AllGather.apply(key) if _distributed() else key  # (B, d)
         first = dist.get_rank() * len(query) if _distributed() else 0
+        if len(query) * len(keys) > _PLAIN:
+            return _BlockedLoss.apply(query, keys, torch.as_tensor(scale, device=query.device), first)
         positives = torch.arange(first, first + len(query), device=query.device)
+        return F.cross_entropy(scale * query @ keys.T, positives, reduction="none")
+
+
+_PLAIN = 2**24  # logits: up to here autograd keeps them all, which is fastest
+_BLOCK = 2**23  # logits held at once, of larger batches
+
+
+class _BlockedLoss(torch.autograd.Function):
+    """The same losses in little memory: logits some rows at a time, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, query, keys, scale, first):
         rows = max(1, _BLOCK // len(keys))
-        if len(query) <= rows:
-            return _cross_entropy(query, keys, scale, positives)
-        # The (b, B) logits of a larger batch would fill the memory: some rows at a time, and again backward.
-        parts = zip(query.split(rows), positives.split(rows))
-        options = dict(use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([checkpoint(_cross_entropy, q, keys, scale, p, **options) for q, p in parts])
+        positives = torch.arange(first, first + len(query), device=query.device)
+        norms, losses = query.new_empty(2, len(query))  # not piece by piece: that would scatter the memory
+        for q, positive, norm, loss in zip(*(x.split(rows) for x in (query, positives, norms, losses))):
+            logits = scale * q @ keys.T
+            norm.copy_(logits.logsumexp(1))
+            loss.copy_(norm - logits.gather(1, positive[:, None])[:, 0])
+        ctx.save_for_backward(query, keys, scale, positives, norms)
+        return losses
 
-
-_BLOCK = 2**24  # logits held at once
-
-
-def _cross_entropy(query, keys, scale, positives):
-    return F.cross_entropy(scale * query @ keys.T, positives, reduction="none")
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, keys, scale, positives, norms = ctx.saved_tensors
+        rows = max(1, _BLOCK // len(keys))
+        to_query, to_keys = torch.empty_like(query), torch.zeros_like(keys)
+        with torch.autocast(query.device.type, enabled=False):
+            parts = (x.split(rows) for x in (query, positives, norms, grad, to_query))
+            for q, positive, norm, g, out in zip(*parts):
+                # of one loss by its logits: the softmax, less 1 at the positive
+                d = (scale * q @ keys.T).sub_(norm[:, None]).exp_()
+                d.scatter_add_(1, positive[:, None], -torch.ones_like(g)[:, None]).mul_(g[:, None])
+                torch.mm(d, keys, out=out)
+                to_keys.addmm_(d.T, scale * q)
+        return scale * to_query, to_keys, (query * to_query).sum().view_as(scale), None
 
 
 class _AllGather(torch.autograd.Function):
