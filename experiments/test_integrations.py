@@ -254,8 +254,7 @@ def test_lightning(tmp_path):
 
         def train_dataloader(self):
             self.sampler = self.sampler or ScanSampler(self.scan, 32)
-            self.scan.begin_epoch()
-            self.sampler.set_epoch(self.scan.epoch)
+            self.sampler.set_epoch()
             return DataLoader(WithIds(dataset), batch_sampler=self.sampler)
 
         def training_step(self, batch):
