@@ -3716,9 +3716,10 @@ def test_what_the_user_is_told(small, tmp_path, capsys, monkeypatch):
     assert "each epoch 8 of them" in said and "saved" in said and "zero-shot" in said
     assert json.loads((tmp_path / "out" / "config.json").read_text())["warmup"] == 3.0
     capsys.readouterr()
-    small("vit_tiny", tmp_path / "full", "--epochs 1 --prune 0 --data shapes:80")
+    small("vit_tiny", tmp_path / "full", "--epochs 4 --prune 0 --data shapes:80")
     said = terminal.getvalue()[len(said) :]
     assert "pruning   none" in said and "none left out" in said and "fill no batch" not in said
+    assert "full data" in said and "mutation" not in said and "planted" not in said
 
 
 def test_init_starts_from_other_weights(small, tmp_path, capsys):

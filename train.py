@@ -534,20 +534,20 @@ class Run:
         self.refuse_many_bad(bad)
         self.samples_seen += self.totals["samples"]
         kept, total, seconds = scan.num_kept, len(self.dataset), self.totals["seconds"]
-        record = {"event": "epoch", "epoch": epoch, "stage": scan.stage}
+        record = {"event": "epoch", "epoch": epoch, "stage": self.stage()}
         record |= {"loss": round(scan.loss, 6) if scan.step else None}
         candidates = int((scan.redundant | scan.ill_matched).count_nonzero())
         record |= {"kept": kept, "total": total, "candidates": candidates}
         record |= {"lr": self.optimizer.param_groups[0]["lr"]}
         record |= {"samples": self.totals["samples"], "samples_seen": self.samples_seen}
         record |= {name: round(self.totals[name], 3) for name in ("seconds", "data_seconds")}
-        if scan.stage == "preparation" and self.dataset.truth:
+        if self.stage() == "preparation" and self.dataset.truth:
             record["found"] = found(scan, self.dataset.truth)
         if bad:
             record["bad"] = [self.dataset.why(i) for i in bad[:100]]
         self.log(record)
         self.clear()
-        line = f"epoch {epoch:>3}/{self.args.epochs}  {scan.stage:<11} kept {kept / total:6.1%}"
+        line = f"epoch {epoch:>3}/{self.args.epochs}  {self.stage():<11} kept {kept / total:6.1%}"
         unreadable = f"  {len(bad)} unreadable" if bad else ""
         self.say(f"{line}  loss {scan.loss:.4f}  {seconds:.1f} s{unreadable}")
         self.totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}
@@ -680,11 +680,14 @@ class Run:
 
     # ------------------------------------------------ what the user sees
 
+    def stage(self):
+        return self.scan.stage if self.args.rho_red or self.args.rho_ill else "full data"
+
     def live_line(self, done, steps, loss):
         totals, epochs, epoch = self.totals, self.args.epochs, self.scan.epoch
         pace = totals["seconds"] / totals["samples"]  # seconds a sample
         waiting = totals["data_seconds"] / totals["seconds"]
-        text = f"epoch {epoch}/{epochs} {self.scan.stage} {done}/{steps}  loss {loss:.3f}  {1 / pace:,.0f}/s"
+        text = f"epoch {epoch}/{epochs} {self.stage()} {done}/{steps}  loss {loss:.3f}  {1 / pace:,.0f}/s"
         text += f"  data {waiting:.0%}"
         if done >= 10 or epoch:
             full = self.scan.num_samples * (1 - (self.args.rho_red + self.args.rho_ill) / 2)

@@ -35,7 +35,7 @@ import train
 from data import UserError
 
 INK, QUIET, RED, BLUE = "#1d2733", "#6b7a8a", "#c8452f", "#2f6db5"
-STAGES = {"warm-up": "#e6e8eb", "preparation": "#cfe3f5", "mutation": "#ffffff"}
+STAGES = {"warm-up": "#e6e8eb", "preparation": "#cfe3f5", "mutation": "#ffffff", "full data": "#ffffff"}
 LINES = (BLUE, RED, "#3a9a5b", "#8a56b0", "#d08a1d", "#2aa1a8", "#a0522d", "#444444", "#c05a93")
 matplotlib.use("agg")
 plt.rcParams.update({
