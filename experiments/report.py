@@ -35,7 +35,7 @@ import train
 from data import UserError
 
 INK, QUIET, RED, BLUE = "#1d2733", "#6b7a8a", "#c8452f", "#2f6db5"
-STAGES = {"warm-up": "#e6e8eb", "preparation": "#cfe3f5", "mutation": "#ffffff", "full data": "#ffffff"}
+STAGES = {"warm-up": "#e6e8eb", "preparation": "#cfe3f5", "mutation": "#ffffff"}
 LINES = (BLUE, RED, "#3a9a5b", "#8a56b0", "#d08a1d", "#2aa1a8", "#a0522d", "#444444", "#c05a93")
 matplotlib.use("agg")
 plt.rcParams.update({
@@ -93,7 +93,7 @@ def chart_of_epochs(run):
     x = [r["epoch"] for r in epochs]
     for axes in (above, below):
         for r in epochs:
-            axes.axvspan(r["epoch"] - 0.5, r["epoch"] + 0.5, color=STAGES[r["stage"]], lw=0)
+            axes.axvspan(r["epoch"] - 0.5, r["epoch"] + 0.5, color=STAGES.get(r["stage"], "#ffffff"), lw=0)
     above.plot(
         x,
         [math.nan if r["loss"] is None else r["loss"] for r in epochs],
@@ -386,7 +386,8 @@ def write(options):
     if any(run["evals"] for run in runs):
         text = "Score against samples seen" + (", and deviation over seeds." if len(runs) > 1 else ".")
         figures["scores"] = chart_of_scores(runs), text
-    if scan["rounds"] > 1:
+    marked = bool(scan["counts"].any())  # not in a run on full data
+    if marked and scan["rounds"] > 1:
         same, chance = overlap(scan)
         text = (
             f"Candidates of two rounds overlap by {same:.0%} (IoU, mean over pairs; by chance {chance:.0%})."
@@ -395,7 +396,7 @@ def write(options):
     found = [r["found"] for r in shown["epochs"] if r.get("found")]
     if found:
         figures["faults"] = chart_of_faults(found), "Planted faults among the candidates, round by round."
-    pictures = galleries(shown["path"], checkpoint, options.samples) if scan["rounds"] else {}
+    pictures = galleries(shown["path"], checkpoint, options.samples) if marked else {}
     if options.figures:
         options.figures.mkdir(parents=True, exist_ok=True)
         files = {name: figure for name, (figure, _) in figures.items()}
