@@ -59,13 +59,14 @@ def info_nce(query, key, scale):
         keys = _AllGather.apply(key) if _distributed() else key  # (B, d)
         first = dist.get_rank() * len(query) if _distributed() else 0
         if len(query) * len(keys) > _PLAIN:
-            return _BlockedLoss.apply(query, keys, torch.as_tensor(scale, device=query.device), first)
+            scale = scale if torch.is_tensor(scale) else query.new_full((), scale)  # waits for no GPU
+            return _BlockedLoss.apply(query, keys, scale, first)
         positives = torch.arange(first, first + len(query), device=query.device)
         return F.cross_entropy(scale * query @ keys.T, positives, reduction="none")
 
 
 _PLAIN = 2**24  # logits: up to here autograd keeps them all, which is fastest
-_BLOCK = 2**23  # logits held at once, of larger batches
+_BLOCK = 2**22  # logits held at once, of larger batches
 
 
 class _BlockedLoss(torch.autograd.Function):
@@ -92,11 +93,12 @@ class _BlockedLoss(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             parts = (x.split(rows) for x in (query, positives, norms, grad, to_query))
             for q, positive, norm, g, out in zip(*parts):
-                # of one loss by its logits: the softmax, less 1 at the positive
-                d = (scale * q @ keys.T).sub_(norm[:, None]).exp_()
-                d.scatter_add_(1, positive[:, None], -torch.ones_like(g)[:, None]).mul_(g[:, None])
-                torch.mm(d, keys, out=out)
-                to_keys.addmm_(d.T, scale * q)
+                q = scale * q
+                # of a loss by its logits: the softmax, less 1 at the positive; g comes later
+                d = torch.addmm(-norm[:, None], q, keys.T).exp_()
+                d.scatter_add_(1, positive[:, None], -torch.ones_like(g)[:, None])
+                torch.mm(d, keys, out=out).mul_(g[:, None])
+                to_keys.addmm_(d.T, g[:, None] * q)
         return scale * to_query, to_keys, (query * to_query).sum().view_as(scale), None
 
 
