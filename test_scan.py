@@ -3915,7 +3915,6 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(small, tmp_p
 @pytest.mark.parametrize("epoch", [0, 1, 8])
 def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, monkeypatch, epoch, capsys):
     evaluate = train.evaluate
-    steps = {0: 4, 1: 8, 8: len(range(8)) * 4}
 
     def asking(self, looking=False):
         flags = agreed(self, looking)
@@ -3924,7 +3923,6 @@ def test_a_signal_in_the_last_step_saves_before_the_evaluation(small, tmp_path, 
         return [flags[0], bool(last and "done" in run)]
 
     agreed = train.Signals.agreed
-    assert steps
     small("vit_tiny", tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(train.Signals, "agreed", asking)
