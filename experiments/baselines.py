@@ -11,6 +11,7 @@ Each method sees exactly as many samples as the run of SCAN that it is told of, 
     infobatch    InfoBatch (Qin et al., ICLR 2024)
     semdedup     SemDeDup (Abbas et al., 2023), on the image embeddings of a full-data run
     dpruning     Dataset Pruning (Yang et al., ICLR 2023). Its contrastive form is unpublished: ours
+    coreset      a static coreset of several runs of SCAN (Sect. 4.3), trained on from scratch
     once         SCAN's candidates of its first round, left out for the rest of the run: static pruning
     same-budget  full data, over fewer epochs; the rate falls to 0 at the end of these
 
@@ -34,7 +35,7 @@ import data
 import eval as evaluation
 import train
 from data import UserError
-from scan import Scan, _gather, _generator
+from scan import Scan, _gather, _generator, coreset
 
 # ---------------------------------------------------------------- the budget
 
@@ -297,9 +298,13 @@ def influences(run, dimensions=256):
 # ---------------------------------------------------------------- a run
 
 
-def subset(method, sizes, batch, total, seed, full_run=None, proxy_run=None):
+def subset(method, sizes, batch, total, seed, full_run=None, proxy_run=None, coreset_runs=None):
     """Mask (N,) of the samples that a static method keeps."""
     everything, keep = torch.ones(total, dtype=torch.bool), static_size(sizes, batch)
+    if method == "coreset":
+        states = [evaluation.load_checkpoint(run)["scan"] for run in coreset_runs]
+        kept = coreset(states, (total - keep + 0.5) / total)
+        return torch.zeros_like(everything).scatter_(0, kept, True)
     if method == "random":
         return some(everything, keep, "random", seed)
     if method == "semdedup":
@@ -311,7 +316,8 @@ def subset(method, sizes, batch, total, seed, full_run=None, proxy_run=None):
     return ~dpruning(influences(proxy_run), total - keep, seed)
 
 
-METHODS = ("rs2", "random", "infobatch", "semdedup", "dpruning", "once", "same-budget")
+STATIC = {"random": None, "semdedup": "full_run", "dpruning": "proxy_run", "coreset": "coreset_runs"}
+METHODS = ("rs2", "infobatch", *STATIC, "once", "same-budget")
 
 
 def main():
@@ -321,11 +327,13 @@ def main():
     parser.add_argument("--scan-run", type=Path, required=True, help="a finished run of SCAN: the budget")
     parser.add_argument("--full-run", type=Path, help="a finished full-data run: semdedup's embeddings")
     parser.add_argument("--proxy-run", type=Path, help="a short full-data run: dpruning's gradients")
+    parser.add_argument(
+        "--coreset-runs", type=Path, nargs="+", help="finished runs of SCAN: coreset's counts"
+    )
     args, rest = parser.parse_known_args()
-    if args.method == "semdedup" and args.full_run is None:
-        parser.error("semdedup needs --full-run")
-    if args.method == "dpruning" and args.proxy_run is None:
-        parser.error("dpruning needs --proxy-run")
+    needed = STATIC.get(args.method)
+    if needed and getattr(args, needed) is None:
+        parser.error(f"{args.method} needs --{needed.replace('_', '-')}")
     try:
         sizes, batch, total = budget_of(args.scan_run)
     except (OSError, UserError) as error:
@@ -339,8 +347,8 @@ def main():
 
     def make_scan(num_samples, *ratios, seed=0, **settings):  # called by train.py, once its flags are known
         kind = {"infobatch": InfoBatch, "once": Once}.get(args.method, RS2)
-        if args.method in ("random", "semdedup", "dpruning"):
-            runs = dict(full_run=args.full_run, proxy_run=args.proxy_run)
+        if args.method in STATIC:
+            runs = {name: getattr(args, name) for name in STATIC.values() if name}
             options["subset"] = subset(args.method, sizes, batch, total, seed, **runs)
             kind = Static
         return kind(num_samples, *ratios, seed=seed, **settings, **options)

@@ -6,12 +6,13 @@
     python experiments/compare.py --methods full scan rs2 'scan:--prune 0.5' 'rs2:--prune 0.5'
     python experiments/compare.py --arch moco_vit_tiny --prune 0.35       # kNN; then see probe.py
 
-A method is full, scan or one of baselines.py's, and may have flags of its own behind a colon. Other flags go
-to train.py, for all methods. Each run is one process with one thread, in a folder of its own, and one line of
-results.jsonl. The same command goes on where it stopped.
+A method is full, scan, or one of baselines.py's or variants.py's, and may have flags of its own behind a
+colon. Other flags go to train.py, for all methods. Each run is one process with one thread, in a folder of
+its own, and one line of results.jsonl. The same command goes on where it stopped.
 
-A baseline spends what SCAN with the same flags and seed spent, so SCAN is run for it too; SemDeDup needs
-the full-data run and D-Pruning a short one, which are not counted among their samples and seconds.
+A baseline spends what SCAN with the same flags and seed spent, so SCAN is run for it too; SemDeDup needs the
+full-data run, D-Pruning a short one, and a coreset SCAN with all seeds: not counted among their samples and
+seconds. The difference to RS2 is given for those that saw as many samples as it, within 2 %.
 """
 
 import argparse
@@ -26,6 +27,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import variants  # noqa: E402
+
 # balanced: the mean over classes, which is top-1 where all classes are equally frequent
 SCORES = {("balanced",): "balanced accuracy", ("top1",): "top-1", ("i2t_r1", "t2i_r1"): "mean R@1"}
 # Student's t, 97.5 %, for 1, 2, ... 30 degrees of freedom
@@ -45,17 +49,18 @@ def parse_args():
     return parser.parse_known_args()
 
 
-def needs(method, args, flags):
-    """-> the flag of baselines.py and the method, of each run that this one is built on."""
+def needs(method, seed, seeds):
+    """-> by flag of baselines.py: the runs, as (method, seed), that this one is built on."""
     name, _, own = method.partition(":")
-    if name in ("full", "scan", "proxy"):
+    if name in ("full", "scan", "proxy") or variants.make(name):
         return {}
-    others = {"--scan-run": f"scan:{own}" if own else "scan"}
-    if name == "semdedup":
-        others["--full-run"] = "full"
-    if name == "dpruning":
-        others["--proxy-run"] = "proxy"
-    return others
+    scan = f"scan:{own}" if own else "scan"
+    others = {
+        "semdedup": {"--full-run": [("full", seed)]},
+        "dpruning": {"--proxy-run": [("proxy", seed)]},
+        "coreset": {"--coreset-runs": [(scan, other) for other in seeds]},
+    }
+    return {"--scan-run": [(scan, seed)]} | others.get(name, {})
 
 
 def folder(method, seed, args):
@@ -66,10 +71,12 @@ def run(method, seed, args, flags):
     """Run one method with one seed -> its record."""
     name, _, own = method.partition(":")
     out, program = folder(method, seed, args), [sys.executable, str(HERE.parent / "train.py")]
-    needed = needs(method, args, flags)
-    if needed:
+    if variants.make(name):
+        program = [sys.executable, str(HERE / "variants.py"), name]
+    elif needed := needs(method, seed, args.seeds):
         program = [sys.executable, str(HERE / "baselines.py"), name]
-        program += [part for flag, other in needed.items() for part in (flag, str(folder(other, seed, args)))]
+        for flag, others in needed.items():
+            program += [flag, *(str(folder(*other, args)) for other in others)]
     command = [*program, "--arch", "vit_tiny", *flags, *shlex.split(own)]
     command += {"full": ["--prune", "0"], "proxy": ["--prune", "0", "--epochs", str(args.proxy_epochs)]}.get(
         name, []
@@ -104,8 +111,9 @@ def summary(out):
 def run_all(methods, args, flags, path, done):
     """Those that others are built on first. Each finished run is written down at once."""
     wanted = [(method, seed) for seed in args.seeds for method in methods]
-    first = [(other, seed) for method, seed in wanted for other in needs(method, args, flags).values()]
-    first += [(method, seed) for method, seed in wanted if not needs(method, args, flags)]
+    needed = {key: needs(*key, args.seeds) for key in wanted}
+    first = [other for flags_of in needed.values() for others in flags_of.values() for other in others]
+    first += [key for key in wanted if not needed[key]]
     for stage in (first, wanted):
         todo = [key for key in dict.fromkeys(stage) if key not in done]
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -137,6 +145,9 @@ def paired(method, against, done, seeds):
     both = [seed for seed in seeds if {(method, seed), (other, seed)} <= done.keys()]
     if len(both) < 2:
         return "–"
+    mine, its = (sum(done[key, seed]["samples"] for seed in both) for key in (method, other))
+    if against == "rs2" and abs(mine - its) > 0.02 * its:
+        return "–"
     gaps = [done[method, seed]["score"] - done[other, seed]["score"] for seed in both]
     t = T[len(gaps) - 2] if len(gaps) <= len(T) + 1 else 1.96
     return f"{statistics.mean(gaps):+.3f} ± {t * statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}"
@@ -144,6 +155,7 @@ def paired(method, against, done, seeds):
 
 def table(methods, done, seeds):
     measure = next(iter(done.values()))["measure"]
+    finders = [m for m in methods if m.startswith("scan") or variants.make(m.partition(":")[0])]
     lines = [f"| method | {measure} | samples | seconds | − full data | − RS2 | mismatches found | seeds |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for method in methods:
@@ -151,7 +163,7 @@ def table(methods, done, seeds):
         if rows:
             scores, samples, seconds = ([row[key] for row in rows] for key in ("score", "samples", "seconds"))
             found = [statistics.mean(row["mismatches_found"]) for row in rows if row["mismatches_found"]]
-            found = mean_and_spread(found, ".2f") if found and method.startswith("scan") else "–"
+            found = mean_and_spread(found, ".2f") if found and method in finders else "–"
             gaps = [paired(method, other, done, seeds) for other in ("full", "rs2")]
             cells = [method, mean_and_spread(scores, ".3f"), f"{statistics.mean(samples):,.0f}"]
             cells += [mean_and_spread(seconds, ".0f"), *gaps, found, str(len(rows))]

@@ -15,7 +15,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import baselines  # noqa: E402
 import compare  # noqa: E402
+import variants  # noqa: E402
 
+import train  # noqa: E402
 from scan import Scan, ScanSampler  # noqa: E402
 
 slow = pytest.mark.slow
@@ -153,16 +155,104 @@ def test_dpruning_finds_the_set_of_least_influence():
 
 
 def test_compare_pairs_seeds_by_students_t():
-    rows = {("full", k): {"score": s} for k, s in enumerate([0.50, 0.52, 0.49])}
-    rows |= {("scan", k): {"score": s} for k, s in enumerate([0.51, 0.55, 0.49])}
-    rows["scan", 3] = {"score": 0.9}  # no partner
+    def row(score, samples=100):
+        return {"score": score, "samples": samples}
+
+    rows = {("full", k): row(s) for k, s in enumerate([0.50, 0.52, 0.49])}
+    rows |= {("scan", k): row(s) for k, s in enumerate([0.51, 0.55, 0.49])}
+    rows["scan", 3] = row(0.9)  # no partner
     gaps = np.array([0.01, 0.03, 0.0])
     half = 4.302653 * gaps.std(ddof=1) / math.sqrt(3)
     assert compare.paired("scan", "full", rows, range(4)) == f"{gaps.mean():+.3f} ± {half:.3f}"
     assert compare.paired("full", "full", rows, range(4)) == "–"
-    rows |= {("scan:--prune 0.5", k): {"score": 0.4} for k in range(3)}
-    rows |= {("full:--prune 0.5", k): {"score": 0.3} for k in range(3)}  # one with the same flags goes first
+    rows |= {("scan:--prune 0.5", k): row(0.4, 80) for k in range(3)}
+    rows |= {("full:--prune 0.5", k): row(0.3) for k in range(3)}  # one with the same flags goes first
     assert compare.paired("scan:--prune 0.5", "full", rows, range(4)) == "+0.100 ± 0.000"
+    rows |= {("rs2", k): row(0.45) for k in range(3)}
+    assert compare.paired("scan", "rs2", rows, range(3)) == f"{gaps.mean() + 0.16 / 3:+.3f} ± 0.076"
+    assert compare.paired("scan:--prune 0.5", "rs2", rows, range(3)) == "–"  # which saw fewer samples
+
+
+def test_compare_knows_what_each_run_is_built_on():
+    assert compare.needs("full", 1, [0, 1]) == compare.needs("rank64:--t-cos 2", 1, [0, 1]) == {}
+    assert compare.needs("rs2:--t-cos 2", 1, [0, 1]) == {"--scan-run": [("scan:--t-cos 2", 1)]}
+    both = {"--scan-run": [("scan", 1)], "--coreset-runs": [("scan", 0), ("scan", 1)]}
+    assert compare.needs("coreset", 1, [0, 1]) == both
+
+
+def test_a_coreset_leaves_out_what_all_runs_marked_most(monkeypatch):
+    counts = {"a": [3, 3, 0, 0, 2, 0, 0, 1], "b": [3, 3, 0, 0, 0, 2, 1, 0]}
+    states = {
+        name: {"counts": torch.tensor(c, dtype=torch.int16), "num_samples": 8, "seed": k}
+        for k, (name, c) in enumerate(counts.items())
+    }
+    monkeypatch.setattr(baselines.evaluation, "load_checkpoint", lambda run: {"scan": states[run]})
+    kept = baselines.subset("coreset", [6, 6], 2, 8, 0, coreset_runs=["a", "b"])
+    assert kept.tolist() == [False, False] + [True] * 6
+
+
+# ---------------------------------------------------------------- experiments: SCAN with one thing changed
+
+
+@pytest.mark.parametrize("pool", [8, 32, 48])
+def test_ranked_marks_the_extremes_of_each_pool(pool):
+    total, batch, rho = 96, 16, 0.25
+    loss_of = torch.rand(total, generator=torch.Generator().manual_seed(4))
+    scan = variants.make(f"rank{pool}")(total, rho)
+    play(scan, 2, batch, loss_of)
+    assert scan.first_preparation == 2
+    sampler = ScanSampler(scan, batch)
+    sampler.set_epoch(2)
+    dealt = torch.tensor([ids for ids in sampler]).flatten()
+    for ids in dealt.split(batch):
+        scan.observe(ids, loss_of[ids], loss_of[ids])
+    scan.end_epoch()
+    red, ill = set(), set()
+    for ids in dealt.split(pool):
+        ranked = sorted(ids.tolist(), key=lambda i: loss_of[i].item())
+        n = int(rho * pool)
+        red, ill = red | set(ranked[:n]), ill | set(ranked[-n:])
+    assert set(scan.redundant.nonzero().flatten().tolist()) == red
+    assert set(scan.ill_matched.nonzero().flatten().tolist()) == ill
+    assert scan.observed == total  # nothing waits beyond the epoch
+
+
+def test_quantile_marks_by_all_epochs_of_full_data():
+    total = 64
+    scan = variants.make("quantile")(total, 0.25)
+    losses = torch.rand(3, total, generator=torch.Generator().manual_seed(6))
+    for epoch in range(3):
+        scan.observe(scan.begin_epoch(epoch), losses[epoch], losses[epoch])
+        scan.end_epoch()
+    mean = np.argsort(np.argsort(losses.numpy(), axis=1), axis=1).mean(0)
+    order = np.argsort(mean, kind="stable")
+    red, ill = scan.redundant.numpy(), scan.ill_matched.numpy()
+    assert red.sum() == ill.sum() == 16
+    # float16 may swap neighbours: allow them at the edges
+    assert mean[red].max() <= mean[order[16]] and mean[ill].min() >= mean[order[-17]]
+    newest = np.argsort(losses[-1].numpy())
+    assert set(newest[:16]) != set(np.flatnonzero(red))
+
+
+@pytest.mark.parametrize("above", [0, 5, 40])
+def test_chance_gives_the_places_below_chance_to_the_redundant(above):
+    size = 64
+    loss = torch.linspace(0, 4, size)
+    loss[size - above :] += 4.2  # ln 64 = 4.16
+    loss[: size - above] *= 4.1 / 4
+    red, ill = variants.above_chance(loss, loss, 0.25, 0.25)
+    most = min(16, above)
+    assert ill.nonzero().flatten().tolist() == list(range(size - most, size))
+    assert red.nonzero().flatten().tolist() == list(range(32 - most))
+
+
+def test_bent_takes_steps_of_short_epochs_for_steps_of_full_ones(monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda now, args: now)
+    scan = variants.make("bent")(100, 0.3)
+    scan.begin_epoch(0)
+    assert train.learning_rate(2.5, None) == 2.5
+    scan.num_kept = 40  # epoch 5 of 4 steps, at its third: step 5 x 4 + 2 of a run of 10 steps an epoch
+    assert train.learning_rate(5 + 2 / 4, None) == pytest.approx((5 * 4 + 2) / 10)
 
 
 @slow

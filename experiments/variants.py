@@ -1,0 +1,98 @@
+"""SCAN with one thing changed, behind its interface: train.py's loop runs each of these unchanged.
+
+    python experiments/variants.py rank64 --arch vit_tiny --seed 0 --out runs/rank64
+
+compare.py does this for all methods and seeds. The flags are train.py's. One process.
+
+    bent      the released code's learning rate: the steps of short epochs against a total of full ones
+    rank64, rank256, ...    losses ranked among so many samples instead of in the global batch
+    quantile  candidates by each sample's mean quantile over all epochs of full data, not by its newest loss
+    chance    ill-matched only above ln B, the loss of knowing nothing; their places go to redundant
+"""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import scan
+import train
+from scan import Scan, select_candidates
+
+
+class Bent(Scan):
+    """Scan; `learning_rate` is told of an epoch of n steps, number e, that it began at step e n."""
+
+    def __init__(self, *settings, **others):
+        super().__init__(*settings, **others)
+        straight = train.learning_rate
+        train.learning_rate = lambda now, args: straight(now * self.num_kept / self.num_samples, args)
+
+
+class Ranked(Scan):
+    """Losses ranked among `pool` samples: parts of a global batch, or several of them."""
+
+    def __init__(self, *settings, pool, **others):
+        super().__init__(*settings, **others)
+        self.pool, self.waiting = pool, []
+
+    def observe(self, ids, loss_a, loss_b):
+        self.waiting.append((ids, loss_a.detach(), loss_b.detach()))
+        ids, loss_a, loss_b = (torch.cat(parts) for parts in zip(*self.waiting))
+        whole = len(ids) // self.pool * self.pool
+        self.waiting = [(ids[whole:], loss_a[whole:], loss_b[whole:])]
+        for part in zip(*(x[:whole].split(self.pool) for x in (ids, loss_a, loss_b) if whole)):
+            super().observe(*part)
+
+    def end_epoch(self):
+        for part in self.waiting:
+            if len(part[0]):
+                super().observe(*part)
+        self.waiting = []
+        super().end_epoch()
+
+
+class Quantile(Scan):
+    """The lowest and the highest of all samples, by their mean quantile so far."""
+
+    def end_epoch(self):
+        if self.stage == "preparation":
+            order = self.quantile.float().cpu().argsort(stable=True)
+            fewest, most = int(self.rho_red * self.num_samples), int(self.rho_ill * self.num_samples)
+            self._marked.zero_()
+            self._marked[0, order[:fewest]] = True
+            self._marked[1, order[self.num_samples - most :]] = True
+        super().end_epoch()
+
+
+class Chance(Scan):
+    """As many candidates as SCAN; how many of them are ill-matched is left to the data."""
+
+    def __init__(self, *settings, **others):
+        super().__init__(*settings, **others)
+        scan.select_candidates = above_chance
+
+
+def above_chance(loss_a, loss_b, rho_red, rho_ill, generator=None):
+    """As select_candidates; but the ill-matched have a mean loss above ln B."""
+    size = len(loss_a)
+    ill = min(int(rho_ill * size), int(((loss_a + loss_b) / 2 > math.log(size)).sum()))
+    red = int(rho_red * size) + int(rho_ill * size) - ill
+    return select_candidates(loss_a, loss_b, (red + 1e-3) / size, (ill + 1e-3) / size, generator)
+
+
+def make(name):
+    """-> what makes a Scan of this name; None if there is none."""
+    if pool := re.fullmatch(r"rank([1-9]\d*)", name):
+        return lambda *settings, **others: Ranked(*settings, pool=int(pool[1]), **others)
+    return {"bent": Bent, "quantile": Quantile, "chance": Chance}.get(name)
+
+
+if __name__ == "__main__":
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if make(name) is None:
+        sys.exit(f"variants.py: the first argument is bent, rankN, quantile or chance, not {name!r}")
+    train.main(sys.argv[2:], make_scan=make(name))
