@@ -441,7 +441,7 @@ def _stamp(status):
     return status.st_size, status.st_mtime_ns
 
 
-_MANY_TARS = 256  # new ones, of thousands of samples each: then it pays to start processes
+_MANY_TARS = 16  # new ones, of thousands of samples each: then it pays to start processes
 
 
 def _index(paths):
@@ -456,8 +456,8 @@ def _index(paths):
     new = sum(not os.path.exists(_cache(path)[1]) for path in paths)
     processes = (os.cpu_count() or 1) // ranks
     pool, found = contextlib.nullcontext(), map(_tar_index, paths)
-    if new >= _MANY_TARS and processes > 1:  # "spawn": this process may hold threads of gloo or CUDA
-        pool = multiprocessing.get_context("spawn").Pool(processes)
+    if new >= _MANY_TARS and processes > 1 and sys.platform == "linux":  # forked, as loading processes are
+        pool = multiprocessing.get_context("fork").Pool(processes)
         found = pool.imap(_tar_index, paths)
     indexes, samples = [], 0
     due, shown = time.monotonic() + 2, False  # a progress line, if it takes longer

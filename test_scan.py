@@ -1329,9 +1329,15 @@ def test_many_new_tars_are_indexed_by_several_processes(tmp_path, monkeypatch):
         shard(tmp_path / f"{k}.tar", 10 * k, 2)
     monkeypatch.setattr(data, "_MANY_TARS", 4)
     monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "_plain_members", None)  # of this process: it indexes none
-        source = data.open_source(str(tmp_path / "*.tar"))
+    here, members, done = os.getpid(), data._plain_members, []
+
+    def watched(file):
+        done.extend([1] if os.getpid() == here else [])  # this process indexes none
+        return members(file)
+
+    monkeypatch.setattr(data, "_plain_members", watched)
+    source = data.open_source(str(tmp_path / "*.tar"))
+    assert not done
     assert [source.caption(i) for i in (0, 3, 7)] == ["caption 0", "caption 11", "caption 31"]
     (tmp_path / "2.tar").write_bytes(b"no tar at all" * 100)
     refuses(tmp_path / "*.tar", "2.tar: not a whole tar")
