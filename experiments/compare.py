@@ -135,6 +135,12 @@ def mean_and_spread(values, form):
     return f"{statistics.mean(values):{form}}{spread}"
 
 
+def interval(values):
+    """-> mean, and half the width of its 95 % interval."""
+    t = T[len(values) - 2] if len(values) <= len(T) + 1 else 1.96
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
+
+
 def paired(method, against, done, seeds):
     """Mean difference of the scores over the seeds that both have, ± half its 95 % interval."""
     name, _, own = method.partition(":")
@@ -148,9 +154,8 @@ def paired(method, against, done, seeds):
     mine, its = (sum(done[key, seed]["samples"] for seed in both) for key in (method, other))
     if against == "rs2" and abs(mine - its) > 0.02 * its:
         return "–"
-    gaps = [done[method, seed]["score"] - done[other, seed]["score"] for seed in both]
-    t = T[len(gaps) - 2] if len(gaps) <= len(T) + 1 else 1.96
-    return f"{statistics.mean(gaps):+.3f} ± {t * statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}"
+    gap, half = interval([done[method, seed]["score"] - done[other, seed]["score"] for seed in both])
+    return f"{gap:+.3f} ± {half:.3f}"
 
 
 def table(methods, done, seeds):

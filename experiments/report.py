@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import SCORES
+from compare import SCORES, interval
 
 import eval as evaluation
 import train
@@ -137,6 +137,32 @@ def chart_of_scores(runs):
     axes.set_xlim(0)
     axes.xaxis.set_major_formatter(lambda v, _: f"{v / 1e6:g} M" if v >= 1e6 else f"{v / 1e3:g} k")
     axes.legend(fontsize=8.5)
+    return figure
+
+
+def chart_of_gaps(runs):
+    """Final score of each method less full data's, paired over seeds, with 95 % intervals; None without."""
+    final, names = {}, [run["measure"] for run in runs if run["measure"]]
+    for run in runs:
+        if run["evals"] and run["method"] != "proxy":
+            final.setdefault(run["method"], {})[run["args"]["seed"]] = 100 * run["evals"][-1][1]
+    full, gaps = final.pop("full", {}), {}
+    for method, scores in final.items():
+        both = full.keys() & scores.keys()
+        if len(both) > 1:
+            gaps[f"{method} ({len(both)})"] = interval([scores[seed] - full[seed] for seed in both])
+    if not gaps:
+        return None
+    figure, axes = plt.subplots(figsize=(5, 1.1 + 0.27 * len(gaps)))
+    axes.axvline(0, color=QUIET, lw=1)
+    gaps = dict(sorted(gaps.items(), key=lambda item: item[1]))
+    for k, (method, (gap, half)) in enumerate(gaps.items()):
+        colour = RED if method.startswith("scan (") else BLUE
+        axes.errorbar(gap, k, xerr=half, color=colour, fmt="o", ms=5, capsize=3)
+    axes.set_yticks(range(len(gaps)), gaps)
+    axes.tick_params("y", length=0)
+    axes.set(xlabel=f"{SCORES[names[0]]}, points above full data", ylim=(-0.6, len(gaps) - 0.4))
+    axes.spines["left"].set_visible(False)
     return figure
 
 
@@ -383,9 +409,11 @@ def write(options):
     checkpoint = evaluation.load_checkpoint(shown["path"])
     scan = checkpoint["scan"]
     figures = {"epochs": (chart_of_epochs(shown), "Loss and share of the data kept, by epoch.")}
-    if any(run["evals"] for run in runs):
+    if any(len(run["evals"]) > 1 for run in runs):
         text = "Score against samples seen" + (", and deviation over seeds." if len(runs) > 1 else ".")
         figures["scores"] = chart_of_scores(runs), text
+    if gaps := chart_of_gaps(runs):
+        figures["gaps"] = gaps, "Paired over seeds (their number), with 95 % intervals."
     marked = bool(scan["counts"].any())  # not in a run on full data
     if marked and scan["rounds"] > 1:
         same, chance = overlap(scan)
