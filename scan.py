@@ -324,10 +324,17 @@ class Scan:
     def _draw(self, share):
         """Mask (N,) of what a mutation epoch trains on: all but a random share of the candidates (Eq. 3)."""
         kept, candidates = self._all.clone(), (self.redundant | self.ill_matched).cpu()
-        drop = int(share * int(candidates.count_nonzero()))
-        for ids in _shuffled(candidates, "drop", self.seed, self.epoch):
-            kept[ids[:drop]] = False
-            drop -= min(drop, len(ids))
+        key, total = ("drop", self.seed, self.epoch), int(candidates.count_nonzero())
+        drop, done = int(share * total), 0
+        if self.num_samples <= _LARGE:
+            first = torch.randperm(total, generator=_generator(*key))[:drop]
+            kept[candidates.nonzero().flatten()[first]] = False
+            return kept
+        place = _permutation(total, *key)
+        for keep, here in zip(kept.split(_CHUNK), candidates.split(_CHUNK)):
+            n = int(here.count_nonzero())
+            keep[here] = place(torch.arange(done, done + n)) >= drop
+            done += n
         return kept
 
     @torch.no_grad()
@@ -447,7 +454,9 @@ def _shuffled(mask, *key):
         ids = mask.nonzero().flatten()
         yield ids[torch.randperm(len(ids), generator=_generator(*key))]
         return
-    for ids in _permutation(len(mask), *key):
+    permute = _permutation(len(mask), *key)
+    for start in range(0, len(mask), _CHUNK):
+        ids = permute(torch.arange(start, min(start + _CHUNK, len(mask))))
         yield ids[mask[ids]]
 
 
@@ -455,23 +464,30 @@ _LARGE, _CHUNK = 2**24, 2**16  # chunks that fit into a core's cache: twice as f
 
 
 def _permutation(n, *key):
-    """0 .. n-1 in a random order, in chunks, without memory: a Feistel network over the next power of two.
+    """-> a function of ids (k,) that maps 0 .. n-1 to the same in a random order, in next to no memory.
 
-    Each round changes one half of an id's bits by a hash of the other half: a bijection, whatever the hash.
+    A Feistel network over the next power of two: each round changes one half of an id's bits by what a random
+    table holds for the other half, which is a bijection, whatever the table. An id that leaves 0 .. n-1 goes
+    through it again.
     """
-    bits = (n - 1).bit_length()
-    keys = torch.randint(2**62, (6,), generator=_generator(*key)).tolist()
-    for start in range(0, 2**bits, _CHUNK):
-        ids = torch.arange(start, min(start + _CHUNK, 2**bits))
-        low = bits // 2
-        for secret in keys:
-            right = ids & (2**low - 1)
-            noise = (right ^ secret) * 0x2545F4914F6CDD1D
-            noise = (noise ^ (noise >> 31)) * 0x369DEA0F31A53F85
-            left = ((ids >> low) ^ (noise >> 33)) & (2 ** (bits - low) - 1)
-            ids = right << (bits - low) | left  # the halves change places
-            low = bits - low
-        yield ids[ids < n]
+    bits, generator = (n - 1).bit_length(), _generator(*key)
+    low = bits // 2
+    tables = [torch.randint(2 ** (bits - k), (2**k,), generator=generator) for k in 3 * (low, bits - low)]
+
+    def network(ids):
+        left, right = ids >> low, ids & (2**low - 1)
+        for table in tables:
+            left ^= table.index_select(0, right)
+            left, right = right, left
+        return left << low | right
+
+    def permute(ids):
+        ids = network(ids)
+        while len(outside := (ids >= n).nonzero().flatten()):
+            ids[outside] = network(ids[outside])
+        return ids
+
+    return permute
 
 
 # ---------------------------------------------------------------- what a loop needs besides
