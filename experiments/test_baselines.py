@@ -246,6 +246,18 @@ def test_chance_gives_the_places_below_chance_to_the_redundant(above):
     assert red.nonzero().flatten().tolist() == list(range(32 - most))
 
 
+def test_the_lottery_marks_the_ill_matched_and_any_others():
+    loss = torch.rand(64, generator=torch.Generator().manual_seed(7))
+    drawn = []
+    for seed in range(200):
+        red, ill = variants.at_random(loss, loss, 0.25, 0.25, torch.Generator().manual_seed(seed))
+        assert ill.nonzero().flatten().tolist() == sorted(loss.argsort()[-16:].tolist())
+        assert red.sum() == 16 and not (red & ill).any()
+        drawn.append(red)
+    often = torch.stack(drawn).double().mean(0)[~ill]  # each of 48 in a third of the draws, ± 5 deviations
+    assert (often - 1 / 3).abs().max() < 5 * (2 / 9 / 200) ** 0.5
+
+
 def test_bent_takes_steps_of_short_epochs_for_steps_of_full_ones(monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda now, args: now)
     scan = variants.make("bent")(100, 0.3)

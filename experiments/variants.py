@@ -7,9 +7,11 @@ compare.py does this for all methods and seeds. The flags are train.py's. One pr
     bent      the released code's learning rate: the steps of short epochs against a total of full ones
     rank64, rank256, ...    losses ranked among so many samples instead of in the global batch
     quantile  candidates by each sample's mean quantile over all epochs of full data, not by its newest loss
+    lottery   as many as the redundant are marked at random instead: is the lowest loss worth more than chance?
     chance    ill-matched only above ln B, the loss of knowing nothing; their places go to redundant
 """
 
+import functools
 import math
 import re
 import sys
@@ -68,31 +70,42 @@ class Quantile(Scan):
         super().end_epoch()
 
 
-class Chance(Scan):
-    """As many candidates as SCAN; how many of them are ill-matched is left to the data."""
+class Select(Scan):
+    """Another `select_candidates`."""
 
-    def __init__(self, *settings, **others):
+    def __init__(self, *settings, select, **others):
         super().__init__(*settings, **others)
-        scan.select_candidates = above_chance
+        scan.select_candidates = select
 
 
 def above_chance(loss_a, loss_b, rho_red, rho_ill, generator=None):
-    """As select_candidates; but the ill-matched have a mean loss above ln B."""
+    """As many candidates as SCAN; how many of them are ill-matched is left to the data."""
     size = len(loss_a)
     ill = min(int(rho_ill * size), int(((loss_a + loss_b) / 2 > math.log(size)).sum()))
     red = int(rho_red * size) + int(rho_ill * size) - ill
     return select_candidates(loss_a, loss_b, (red + 1e-3) / size, (ill + 1e-3) / size, generator)
 
 
+def at_random(loss_a, loss_b, rho_red, rho_ill, generator=None):
+    """The ill-matched as SCAN's, and others at random in the place of the redundant."""
+    _, ill = select_candidates(loss_a, loss_b, 0.0, rho_ill, generator)
+    lottery = torch.rand(len(ill), generator=generator).masked_fill(ill, math.inf)
+    drawn = lottery.argsort()[: int(rho_red * len(ill))]
+    return torch.zeros_like(ill).scatter_(0, drawn, True), ill
+
+
 def make(name):
     """-> what makes a Scan of this name; None if there is none."""
     if pool := re.fullmatch(r"rank([1-9]\d*)", name):
-        return lambda *settings, **others: Ranked(*settings, pool=int(pool[1]), **others)
-    return {"bent": Bent, "quantile": Quantile, "chance": Chance}.get(name)
+        return functools.partial(Ranked, pool=int(pool[1]))
+    selects = {"chance": above_chance, "lottery": at_random}
+    if name in selects:
+        return functools.partial(Select, select=selects[name])
+    return {"bent": Bent, "quantile": Quantile}.get(name)
 
 
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if make(name) is None:
-        sys.exit(f"variants.py: the first argument is bent, rankN, quantile or chance, not {name!r}")
+        sys.exit(f"variants.py: the first argument is bent, rankN, quantile, lottery or chance, not {name!r}")
     train.main(sys.argv[2:], make_scan=make(name))
