@@ -7,7 +7,7 @@ compare.py does this for all methods and seeds. The flags are train.py's. One pr
     bent      the released code's learning rate: the steps of short epochs against a total of full ones
     rank64, rank256, ...    losses ranked among so many samples instead of in the global batch
     quantile  candidates by each sample's mean quantile over all epochs of full data, not by its newest loss
-    lottery   as many as the redundant are marked at random instead: is the lowest loss worth more than chance?
+    lottery   in the place of the redundant as many marked at random: is a low loss worth more than chance?
     chance    ill-matched only above ln B, the loss of knowing nothing; their places go to redundant
 """
 
