@@ -8,7 +8,6 @@ compare.py does this for all methods and seeds. The flags are train.py's. One pr
     rank64, rank256, ...    losses ranked among so many samples instead of in the global batch
     quantile  candidates by each sample's mean quantile over all epochs of full data, not by its newest loss
     lottery   in the place of the redundant as many marked at random: is a low loss worth more than chance?
-    illfirst  a mutation epoch leaves out as many, but the ill-matched before the redundant
     chance    ill-matched only above ln B, the loss of knowing nothing; their places go to redundant
 """
 
@@ -71,19 +70,6 @@ class Quantile(Scan):
         super().end_epoch()
 
 
-class IllFirst(Scan):
-    """Of the candidates that Eq. 3 leaves out, as many as can be are ill-matched."""
-
-    def _draw(self, share):
-        ill = self.ill_matched.cpu()
-        candidates, kept = self.redundant.cpu() | ill, self._all.clone()
-        ids = candidates.nonzero().flatten()
-        ids = ids[torch.randperm(len(ids), generator=scan._generator("drop", self.seed, self.epoch))]
-        ids = ids[ill[ids].int().argsort(descending=True, stable=True)]
-        kept[ids[: int(share * len(ids))]] = False
-        return kept
-
-
 class Select(Scan):
     """Another `select_candidates`."""
 
@@ -115,7 +101,7 @@ def make(name):
     selects = {"chance": above_chance, "lottery": at_random}
     if name in selects:
         return functools.partial(Select, select=selects[name])
-    return {"bent": Bent, "quantile": Quantile, "illfirst": IllFirst}.get(name)
+    return {"bent": Bent, "quantile": Quantile}.get(name)
 
 
 if __name__ == "__main__":
