@@ -218,7 +218,6 @@ class Scan:
         average share of the data left out per round. rho_red and rho_ill set the two apart (Tables 7, 8):
         the average is then their mean.
     t_cos: mutation epochs per round. threshold, rule: see `warmed_up`. seed: of all random draws.
-    ill_first: a mutation epoch leaves out as many, but the ill-matched before the redundant. Not the paper's.
     keep: ids of a static coreset (Sect. 4.3); nothing else is ever kept or counted.
 
     What it can be asked:
@@ -242,9 +241,8 @@ class Scan:
         rule="stable",
         seed=0,
         keep=None,
-        ill_first=False,
     ):
-        self.num_samples, self.ill_first = num_samples, ill_first
+        self.num_samples = num_samples
         self.rho_red = prune if rho_red is None else rho_red
         self.rho_ill = prune if rho_ill is None else rho_ill
         self.t_cos, self.threshold, self.rule, self.seed = t_cos, threshold, rule, seed
@@ -325,13 +323,18 @@ class Scan:
 
     def _draw(self, share):
         """Mask (N,) of what a mutation epoch trains on: all but a random share of the candidates (Eq. 3)."""
-        redundant, ill_matched = self._marked[:, :-1].cpu()
-        kept, candidates = self._all.clone(), redundant | ill_matched
-        drop, key = int(share * int(candidates.count_nonzero())), ("drop", self.seed, self.epoch)
-        if self.ill_first:
-            drop -= _leave_out(kept, ill_matched, drop, *key, "first")
-            candidates &= ~ill_matched
-        _leave_out(kept, candidates, drop, *key)
+        kept, candidates = self._all.clone(), (self.redundant | self.ill_matched).cpu()
+        key, total = ("drop", self.seed, self.epoch), int(candidates.count_nonzero())
+        drop, done = int(share * total), 0
+        if self.num_samples <= _LARGE:
+            first = torch.randperm(total, generator=_generator(*key))[:drop]
+            kept[candidates.nonzero().flatten()[first]] = False
+            return kept
+        place = _permutation(total, *key)
+        for keep, here in zip(kept.split(_CHUNK), candidates.split(_CHUNK)):
+            n = int(here.count_nonzero())
+            keep[here] = place(torch.arange(done, done + n)) >= drop
+            done += n
         return kept
 
     @torch.no_grad()
@@ -408,7 +411,7 @@ class Scan:
             self.ill_counts += self.ill_matched.cpu()
             self.rounds += 1
 
-    _settings = ("num_samples", "rho_red", "rho_ill", "t_cos", "threshold", "rule", "seed", "ill_first")
+    _settings = ("num_samples", "rho_red", "rho_ill", "t_cos", "threshold", "rule", "seed")
     _progress = ("stage", "epoch", "open", "step", "observed", "batch", "first_preparation", "full_epochs")
     _progress += ("rounds", "loss")
     _tensors = ("loss_sum", "loss_count", "redundant", "ill_matched", "counts", "ill_counts", "quantile")
@@ -443,22 +446,6 @@ def _generator(*key):
     """A CPU generator for one purpose: (salt, seed, epoch, ...), so that no draw ever depends on another."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _leave_out(kept, mask, n, *key):
-    """Clear n random ones of the places in `kept` (N,) that are set in `mask` (N,), or all -> how many."""
-    total = int(mask.count_nonzero())
-    n = min(n, total)
-    if len(mask) <= _LARGE:
-        first = torch.randperm(total, generator=_generator(*key))[:n]
-        kept[mask.nonzero().flatten()[first]] = False
-        return n
-    place, done = _permutation(total, *key), 0
-    for keep, here in zip(kept.split(_CHUNK), mask.split(_CHUNK)):
-        count = int(here.count_nonzero())
-        keep[here] = place(torch.arange(done, done + count)) >= n
-        done += count
-    return n
 
 
 def _shuffled(mask, *key):

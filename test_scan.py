@@ -815,26 +815,6 @@ def test_a_mask_leaves_out_and_keeps_the_order(monkeypatch):
 
 
 @pytest.mark.parametrize("large", [0, 2**24])
-def test_ill_first_leaves_out_the_ill_matched_before_the_redundant(monkeypatch, large):
-    monkeypatch.setattr(scan_module, "_LARGE", large)
-    monkeypatch.setattr(scan_module, "_CHUNK", 7)
-    scan = Scan(100, 0.25, seed=3, ill_first=True)
-    scan.first_preparation = 0
-    dropped = []
-    for epoch, left_out in enumerate([0, 12, 37, 50, 0, 12]):  # of 25 redundant and 25 ill-matched
-        kept = scan.begin_epoch(epoch)
-        assert len(kept) == 100 - left_out
-        dropped.append(set(range(100)) - set(kept.tolist()))
-        assert sum(i >= 75 for i in dropped[-1]) == min(left_out, 25)
-        assert not any(25 <= i < 75 for i in dropped[-1])
-        losses = torch.arange(100).float()[kept]
-        scan.observe(kept, losses, losses)
-        scan.end_epoch()
-    assert dropped[1] != dropped[5]  # drawn anew
-    assert {i for i in dropped[2] if i < 75} != set(range(12))  # the redundant ones too
-
-
-@pytest.mark.parametrize("large", [0, 2**24])
 def test_large_sets_are_dealt_out_and_drawn_as_small_ones(monkeypatch, large):
     """Batches and draws, below and above the size from which orders take no memory."""
     monkeypatch.setattr(scan_module, "_LARGE", large)
@@ -3695,7 +3675,6 @@ ROUNDS = [0, 0.25, 0.75, 1, 0]
         ("--prune 0.3 --rho-red 0", 0, 24, ROUNDS),
         ("--rho-red 0.3 --rho-ill 0.1", 24, 8, ROUNDS),
         ("--rho-red 0.1 --rho-ill 0.3", 8, 24, ROUNDS),
-        ("--prune 0.3 --ill-first", 24, 24, ROUNDS),
         ("--prune 0.3 --t-cos 2", 24, 24, [0, 0.5, 1, 0, 0.5]),
         ("--prune 0.3 --t-cos 4", 24, 24, [0, 0.1464, 0.5, 0.8536, 1]),
         ("--prune 0.3 --warmup-rule printed", 0, 0, [0] * 5),
@@ -3706,7 +3685,6 @@ def test_the_papers_ablations_change_what_is_dropped(flags, redundant, ill_match
     flags += " --data shapes:80 --batch-size 20 --epochs 7 --eval-every 0"
     state, log = small("vit_tiny", tmp_path / "out", flags)["scan"], records(tmp_path / "out", "epoch")
     assert [int(state[kind].sum()) for kind in ("redundant", "ill_matched")] == [redundant, ill_matched]
-    assert state["ill_first"] is ("--ill-first" in flags)
     found = [r["candidates"] for r in log]  # a sample may be lowest in one direction and highest in the other
     assert 0.75 * (redundant + ill_matched) <= found[2] <= redundant + ill_matched
     of_round = [found[2]] * 5 if "--t-cos 2" not in flags else [found[2]] * 3 + [found[5]] * 2

@@ -69,7 +69,6 @@ def train(args, rank, world, device, make_scan=Scan):
     model = create_model(args, tokenizer).to(device)
     optimizer = make_optimizer(model, args)
     settings = dict(t_cos=args.t_cos, threshold=args.warmup_threshold, rule=args.warmup_rule, seed=args.seed)
-    settings |= dict(ill_first=args.ill_first)
     keep = read_keep(args.keep, len(dataset))
     scan = make_scan(len(dataset), args.prune, args.rho_red, args.rho_ill, **settings, keep=keep)
     sampler = make_sampler(scan, args)
@@ -304,7 +303,6 @@ def parse_args(argv=None):
     )
     add("--rho-red", type=share, help="share marked redundant (default: --prune)")
     add("--rho-ill", type=share, help="share marked ill-matched (default: --prune)")
-    add("--ill-first", action="store_true", help="leave out the ill-matched before the redundant (ours)")
     add("--t-cos", type=natural, default=3, help="mutation epochs per round")
     add("--warmup-threshold", type=float, default=0.3, help="T_td: relative drop of the epoch loss")
     add("--warmup-rule", choices=["stable", "printed"], default="stable", help="see scan.warmed_up")
@@ -427,8 +425,8 @@ VERSION = 2  # of checkpoints
 
 # a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
 METHOD = (
-    "arch prune rho_red rho_ill ill_first t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size "
-    "accum lr wd warmup image_size crop_min precision seed init"
+    "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch epochs batch_size accum "
+    "lr wd warmup image_size crop_min precision seed init"
 ).split()
 
 
@@ -591,7 +589,7 @@ class Run:
             raise UserError(f"{path}: not written by this version of train.py: choose another --out")
         before, now = checkpoint["args"], vars(self.args)
         for name in METHOD:
-            flag, old = f"--{name.replace('_', '-')}", before.get(name, False)
+            flag, old = f"--{name.replace('_', '-')}", before.get(name)
             if old != now[name]:
                 longer = ", and cannot be made longer, since its rate falls to 0" if name == "epochs" else ""
                 had = f"{self.out} holds a run with {flag} {old}{longer}"

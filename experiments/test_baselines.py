@@ -258,6 +258,25 @@ def test_the_lottery_marks_the_ill_matched_and_any_others():
     assert (often - 1 / 3).abs().max() < 5 * (2 / 9 / 200) ** 0.5
 
 
+def test_illfirst_leaves_out_the_ill_matched_before_the_redundant():
+    first, plain = (kind(100, 0.25, seed=3) for kind in (variants.make("illfirst"), Scan))
+    for scan in (first, plain):
+        scan.first_preparation = 0
+        scan.begin_epoch(0)
+        loss = torch.arange(100).float()
+        scan.observe(torch.arange(100), loss, loss)
+        scan.end_epoch()
+    for epoch, left_out in ((1, 12), (2, 37), (3, 50)):  # of 25 redundant and 25 ill-matched
+        kept = [scan.begin_epoch(epoch) for scan in (first, plain)]
+        assert len(kept[0]) == len(kept[1]) == 100 - left_out
+        dropped = sorted(set(range(100)) - set(kept[0].tolist()))
+        assert sum(i >= 75 for i in dropped) == min(left_out, 25) and not any(25 <= i < 75 for i in dropped)
+        for scan in (first, plain):
+            scan.observe(torch.arange(2), torch.ones(2), torch.ones(2))
+            with pytest.warns(UserWarning, match="observed 2"):
+                scan.end_epoch()
+
+
 def test_bent_takes_steps_of_short_epochs_for_steps_of_full_ones(monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda now, args: now)
     scan = variants.make("bent")(100, 0.3)

@@ -8,6 +8,7 @@ compare.py does this for all methods and seeds. The flags are train.py's. One pr
     rank64, rank256, ...    losses ranked among so many samples instead of in the global batch
     quantile  candidates by each sample's mean quantile over all epochs of full data, not by its newest loss
     lottery   in the place of the redundant as many marked at random: is a low loss worth more than chance?
+    illfirst  a mutation epoch leaves out as many, but the ill-matched before the redundant
     chance    ill-matched only above ln B, the loss of knowing nothing; their places go to redundant
 """
 
@@ -70,6 +71,20 @@ class Quantile(Scan):
         super().end_epoch()
 
 
+class IllFirst(Scan):
+    """Of the candidates that Eq. 3 leaves out, as many as can be are ill-matched."""
+
+    def _draw(self, share):
+        kept, (redundant, ill_matched) = self._all.clone(), self._marked[:, :-1].cpu()
+        drop, key = int(share * int((redundant | ill_matched).sum())), ("drop", self.seed, self.epoch)
+        for mask, *salt in ((ill_matched, "first"), (redundant & ~ill_matched,)):
+            ids = mask.nonzero().flatten()
+            ids = ids[torch.randperm(len(ids), generator=scan._generator(*key, *salt))[:drop]]
+            kept[ids] = False
+            drop -= len(ids)
+        return kept
+
+
 class Select(Scan):
     """Another `select_candidates`."""
 
@@ -101,7 +116,7 @@ def make(name):
     selects = {"chance": above_chance, "lottery": at_random}
     if name in selects:
         return functools.partial(Select, select=selects[name])
-    return {"bent": Bent, "quantile": Quantile}.get(name)
+    return {"bent": Bent, "quantile": Quantile, "illfirst": IllFirst}.get(name)
 
 
 if __name__ == "__main__":
