@@ -456,7 +456,8 @@ def _index(paths):
     new = sum(not os.path.exists(_cache(path)[1]) for path in paths)
     processes = (os.cpu_count() or 1) // ranks
     pool, found = contextlib.nullcontext(), map(_tar_index, paths)
-    if new >= _MANY_TARS and processes > 1 and sys.platform == "linux":  # forked, as loading processes are
+    alone = sys.platform != "linux" or multiprocessing.current_process().daemon  # which may have no children
+    if new >= _MANY_TARS and processes > 1 and not alone:  # forked, as loading processes are
         pool = multiprocessing.get_context("fork").Pool(processes)
         found = pool.imap(_tar_index, paths)
     indexes, samples = [], 0

@@ -334,10 +334,11 @@ def index_row(ranks, args):
     write_shards(folder, 24, 10_000, [bytes(2000)])
     rates = []
     for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as cache, multiprocessing.get_context("spawn").Pool(ranks) as pool:
-            pool.map(one_thread, range(8 * ranks), 1)  # all have started
+        context = multiprocessing.get_context("spawn")
+        with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(ranks, mp_context=context) as pool:
+            list(pool.map(time.sleep, [1] * ranks))  # all have started
             tasks = [(f"{folder}/*.tar", cache, rank, ranks) for rank in range(ranks)]
-            starts, ends, samples = zip(*pool.starmap(_open, tasks, 1))
+            starts, ends, samples = zip(*pool.map(_open, *zip(*tasks)))
         rates.append(samples[0] / (max(ends) - min(starts)))
     return f"{statistics.median(rates):,.0f}/s", "", float("nan")
 
