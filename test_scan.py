@@ -1219,6 +1219,19 @@ def test_random_crops_are_those_of_torchvision(mode, smallest):
         assert difference.max() <= 2 and (difference > 0).double().mean() < 0.1
 
 
+def test_a_crops_box_is_that_of_torchvision():
+    draw = np.random.default_rng(0)
+    for seed in range(3000):
+        height, width = draw.integers(1, draw.choice([3, 60, 700], 2) + 1)
+        smallest = draw.choice([0.08, 0.9])
+        torch.manual_seed(seed)
+        ours, after = data.RandomCrop(48, smallest).box(int(height), int(width)), torch.rand(1)
+        torch.manual_seed(seed)
+        picture = torch.empty(3, height, width, device="meta")
+        assert v2.RandomResizedCrop.get_params(picture, (smallest, 1.0), (3 / 4, 4 / 3)) == ours
+        assert torch.rand(1).equal(after)
+
+
 def test_evaluation_sees_the_middle():
     picture = noise(90, 60)
     for size, crop, side in ((32, 1.0, 32), (28, 0.875, 32)):
