@@ -525,7 +525,7 @@ class ScanSampler:
             world_size = dist.get_world_size() if _distributed() else 1
         self.scan, self.global_batch_size = scan, global_batch_size
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = None, 0  # start: steps of the epoch that were done before a resume
+        self.epoch, self.start = None, 0  # start: batches of the epoch that were done before a resume
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist among {world_size} ranks")
         if global_batch_size < 2 or global_batch_size < world_size:
@@ -544,7 +544,7 @@ class ScanSampler:
         """Begin scan's epoch, the next if not said; needed before each one. Once more changes nothing."""
         if not self.scan.open or epoch not in (None, self.epoch) or self.epoch != self.scan.epoch:
             self.scan._begin(epoch)
-            self.epoch, self.start = self.scan.epoch, self.scan.step
+            self.epoch, self.start = self.scan.epoch, self.scan.observed // self.global_batch_size
 
     def __len__(self):
         return self.scan.num_kept // self.global_batch_size - self.start

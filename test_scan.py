@@ -261,6 +261,22 @@ def test_state_goes_on_in_mid_epoch_exactly():
         assert all(v.equal(theirs[k]) if torch.is_tensor(v) else v == theirs[k] for k, v in mine.items())
 
 
+def test_a_sampler_of_micro_batches_goes_on_in_mid_epoch():
+    """Gradient accumulation: four micro-batches of 8 are one call of observe."""
+    scan, losses = Scan(200), some_losses(200)
+    sampler = ScanSampler(scan, 8)
+    sampler.set_epoch(0)
+    dealt = list(sampler)
+    for k in range(0, 12, 4):
+        ids = torch.tensor(dealt[k : k + 4]).flatten()
+        scan.observe(ids, losses[ids], losses[ids])
+    other = Scan(200)
+    other.load_state_dict(scan.state_dict())
+    sampler = ScanSampler(other, 8)
+    sampler.set_epoch(0)
+    assert list(sampler) == dealt[12:] and len(sampler) == 13
+
+
 def test_wrong_use_of_scan_is_said_clearly():
     for settings in (dict(prune=-0.1), dict(rho_red=0.6, rho_ill=0.5), dict(t_cos=0), dict(rule="x")):
         with pytest.raises(ValueError):
@@ -3716,6 +3732,22 @@ def test_keep_trains_on_these_ids_only(small, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "36 of them are in" in said and "saved" not in said
     assert [r["kept"] for r in records(tmp_path / "out", "epoch")] == [36, 36]
+
+
+def test_savings_are_told_beside_the_full_epochs_of_a_run():
+    def told(*stages):
+        epochs = [
+            dict(stage=stage, kept=40 if stage == "mutation" else 100, samples=seconds * 10, seconds=seconds)
+            for stage, seconds in ((stage, 4 if stage == "mutation" else 10) for stage in stages)
+        ]
+        seen = np.cumsum([r["samples"] for r in epochs]).tolist()
+        return train.savings([r | dict(samples_seen=n, data_seconds=1) for r, n in zip(epochs, seen)], 10)
+
+    both = told("warm-up", "preparation", "mutation")
+    assert both.startswith("samples seen 240 of 300: 20.0% saved\ntraining 24 s; all epochs at the pace of")
+    assert "30 s: 20.0% saved, 12% waiting" in both
+    assert told("warm-up").startswith("samples seen 100: none left out\n")
+    assert told("mutation", "mutation").startswith("samples seen 80\ntraining 8 s, 25% waiting")
 
 
 def test_what_the_user_is_told(small, tmp_path, capsys, monkeypatch):

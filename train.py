@@ -90,9 +90,9 @@ def train(args, rank, world, device, make_scan=Scan):
         sampler.set_epoch(epoch)  # SCAN: all data, or all but a random share of the candidates
         dataset.set_epoch(epoch)
         run.begin_epoch()
-        steps = scan.step + len(sampler)
+        steps = sampler.start + len(sampler)
         model.train()
-        for step, (ids, failed, *batch) in enumerate(run.timed(loader), scan.step):
+        for step, (ids, failed, *batch) in enumerate(run.timed(loader), sampler.start):
             now = epoch + step / steps  # fractional epoch: shorter epochs never bend a schedule
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(now, args)
@@ -762,11 +762,11 @@ def savings(epochs, batch):
     seen, full = epochs[-1]["samples_seen"], len(epochs) * (epochs[0]["kept"] // batch * batch)
     seconds = sum(r["seconds"] for r in epochs)
     waiting = sum(r["data_seconds"] for r in epochs) / seconds
-    if all(r["stage"] != "mutation" for r in epochs):
-        return (
-            f"samples seen {seen:,}: none left out\ntraining {seconds:,.0f} s, {waiting:.0%} waiting for data"
-        )
-    pace = np.median([r["seconds"] / r["samples"] for r in epochs if r["stage"] != "mutation"])
+    paces = [r["seconds"] / r["samples"] for r in epochs if r["stage"] != "mutation"]
+    if len(paces) in (0, len(epochs)):  # 0: a subset from the first epoch on
+        left = ": none left out" if paces else ""
+        return f"samples seen {seen:,}{left}\ntraining {seconds:,.0f} s, {waiting:.0%} waiting for data"
+    pace = np.median(paces)
     return (
         f"samples seen {seen:,} of {full:,}: {1 - seen / full:.1%} saved\n"
         f"training {seconds:,.0f} s; all epochs at the pace of the full ones {pace * full:,.0f} s: "

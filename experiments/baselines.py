@@ -52,7 +52,7 @@ def static_size(sizes, batch):
 
 
 def budget_of(run):
-    """(what SCAN kept in each epoch, its global batch, N), from the log of a finished run."""
+    """(what SCAN kept in each epoch, its global batch, N), from the log of a finished run of SCAN."""
     config = json.loads((run / "config.json").read_text())
     records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     epochs = [record for record in records if record["event"] == "epoch"]
@@ -258,7 +258,7 @@ def influences(run, dimensions=256):
     args = argparse.Namespace(**checkpoint["args"])
     if not args.arch.startswith("vit"):
         raise UserError(f"dpruning takes CLIP's ViTs, not {args.arch}")
-    model, tokenizer = evaluation.load_model(run)
+    model, tokenizer = evaluation.load_model(run, vocab=args.vocab)
     dataset, _ = train.open_data(args, tokenizer)
     weights = model.visual.proj.detach().clone(), model.text_projection.detach().clone()
     for module, name in ((model.visual, "proj"), (model, "text_projection")):
@@ -303,13 +303,16 @@ def subset(method, sizes, batch, total, seed, full_run=None, proxy_run=None, cor
     everything, keep = torch.ones(total, dtype=torch.bool), static_size(sizes, batch)
     if method == "coreset":
         states = [evaluation.load_checkpoint(run)["scan"] for run in coreset_runs]
-        kept = coreset(states, (total - keep + 0.5) / total)
+        try:
+            kept = coreset(states, (total - keep + 0.5) / total)
+        except ValueError as error:
+            raise UserError(f"--coreset-runs: {error}") from None
         return torch.zeros_like(everything).scatter_(0, kept, True)
     if method == "random":
         return some(everything, keep, "random", seed)
     if method == "semdedup":
         args = argparse.Namespace(**evaluation.load_checkpoint(full_run)["args"])
-        model, _ = evaluation.load_model(full_run)
+        model, _ = evaluation.load_model(full_run, text=False)
         source = train.open_source(args, args.data, True)
         features = evaluation.image_features(model, source, torch.device("cpu"))
         return ~semdedup(features, total - keep, seed)
@@ -322,7 +325,7 @@ METHODS = ("rs2", "infobatch", *STATIC, "once", "same-budget")
 
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = evaluation.Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--scan-run", type=Path, required=True, help="a finished run of SCAN: the budget")
     parser.add_argument("--full-run", type=Path, help="a finished full-data run: semdedup's embeddings")
@@ -343,9 +346,14 @@ def main():
         epochs = -(-batches // (total // batch))
         sizes = [n * batch for n in spread(batches, epochs)]
         rest += ["--epochs", str(epochs)]
-    options = dict(sizes=sizes, batch=batch)
+    options, asked = dict(sizes=sizes, batch=batch), train.parse_args(rest)
+    if (asked.epochs, asked.batch_size) != (len(sizes), batch):
+        has, given = f"{len(sizes)} epochs, batches of {batch}", f"{asked.epochs} and {asked.batch_size}"
+        sys.exit(f"baselines.py: {args.scan_run} has {has}, not {given}: give the same flags here")
 
     def make_scan(num_samples, *ratios, seed=0, **settings):  # called by train.py, once its flags are known
+        if num_samples != total:
+            raise UserError(f"{args.scan_run} has {total:,} samples, these data {num_samples:,}")
         kind = {"infobatch": InfoBatch, "once": Once}.get(args.method, RS2)
         if args.method in STATIC:
             runs = {name: getattr(args, name) for name in STATIC.values() if name}

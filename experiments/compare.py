@@ -6,9 +6,10 @@
     python experiments/compare.py --methods full scan rs2 'scan:--prune 0.5' 'rs2:--prune 0.5'
     python experiments/compare.py --arch moco_vit_tiny --prune 0.35       # kNN; then see probe.py
 
-A method is full, scan, or one of baselines.py's or variants.py's, and may have flags of its own behind a
-colon. Other flags go to train.py, for all methods. Each run is one process with one thread, in a folder of
-its own, and one line of results.jsonl. The same command goes on where it stopped.
+Each needs an --out of its own. A method is full, scan, or one of baselines.py's or variants.py's, and may
+have flags of its own behind a colon. Other flags go to train.py, for all methods. Each run is one process of
+one thread (and train.py's loading processes: --workers 0 for none), in a folder of its own, and one line of
+results.jsonl. The same command goes on where it stopped.
 
 A baseline spends what SCAN with the same flags and seed spent, so SCAN is run for it too; SemDeDup needs the
 full-data run, D-Pruning a short one, and a coreset SCAN with all seeds: not counted among their samples and
@@ -28,7 +29,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
+import baselines  # noqa: E402
 import variants  # noqa: E402
+
+import eval as evaluation  # noqa: E402
 
 # balanced: the mean over classes, which is top-1 where all classes are equally frequent
 SCORES = {("balanced",): "balanced accuracy", ("top1",): "top-1", ("i2t_r1", "t2i_r1"): "mean R@1"}
@@ -39,14 +44,32 @@ T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.05
 
 def parse_args():
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = evaluation.Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs")
     parser.add_argument("--methods", nargs="+", default=["full", "scan", "rs2"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--proxy-epochs", type=int, default=4, help="of D-Pruning's short run")
+    parser.add_argument("--seeds", type=evaluation.count, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=evaluation.natural, default=1, help="runs at a time")
+    parser.add_argument("--proxy-epochs", type=evaluation.natural, default=4, help="of D-Pruning's short run")
     parser.add_argument("--show", action="store_true", help="print what is finished, run nothing")
-    return parser.parse_known_args()
+    args, flags = parser.parse_known_args()
+    for method in args.methods:
+        name, _, own = method.partition(":")
+        if name not in ("full", "scan", *baselines.METHODS) and not variants.make(name):
+            parser.error(f"--methods: {name!r} is neither full, scan, nor in baselines.py or variants.py")
+        try:
+            shlex.split(own)
+        except ValueError as error:
+            parser.error(f"--methods: {method!r}: {error}")
+    return args, flags
+
+
+def settings(method, args):
+    """What of compare.py's own flags a run of this method depends on."""
+    return {
+        "coreset": {"coreset_of": sorted(args.seeds)},
+        "proxy": {"proxy_epochs": args.proxy_epochs},
+        "dpruning": {"proxy_epochs": args.proxy_epochs},
+    }.get(method.partition(":")[0], {})
 
 
 def needs(method, seed, seeds):
@@ -88,14 +111,18 @@ def run(method, seed, args, flags):
     if code:
         lines = (out / "printed.txt").read_text().strip().splitlines()
         raise RuntimeError(f"{method}, seed {seed}: {lines[-1] if lines else code} ({out}/printed.txt)")
-    return {"method": method, "seed": seed, "flags": flags} | summary(out)
+    return {"method": method, "seed": seed, "flags": flags} | settings(method, args) | summary(out)
 
 
 def summary(out):
     """Of a finished run, from its log."""
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     epochs = [r for r in records if r["event"] == "epoch"]
-    final = [r for r in records if r["event"] == "eval"][-1]
+    if len(epochs) < json.loads((out / "config.json").read_text())["epochs"]:
+        raise RuntimeError(f"{out}: stopped before its end; the same command goes on")
+    final = next((r for r in reversed(records) if r["event"] == "eval"), None)
+    if final is None:
+        raise RuntimeError(f"{out}: no score: give --val-data (with labels, for MoCo)")
     names = next(names for names in SCORES if names[0] in final)
     recalls = [r["found"]["ill_matched"]["recall"] for r in epochs if r.get("found", {}).get("ill_matched")]
     return {
@@ -179,13 +206,19 @@ def table(methods, done, seeds):
 def main():
     args, flags = parse_args()
     path = args.out / "results.jsonl"
-    args.out.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if any(row["flags"] != flags for row in rows) and not args.show:
-        others = shlex.join(rows[0]["flags"])
-        sys.exit(f"compare.py: {path} has runs with other flags ({others}): choose another --out")
+    if args.show and not rows:
+        sys.exit(f"compare.py: nothing is finished in {args.out}")
+    wanted = {*args.methods} | {"proxy" for method in args.methods if method.startswith("dpruning")}
+    for row in [] if args.show else rows:
+        other = row["flags"] != flags and ("runs", shlex.join(row["flags"]))
+        for name, value in settings(row["method"], args).items() if row["method"] in wanted else ():
+            other = other or row.get(name, value) != value and (row["method"], f"{name} {row[name]}")
+        if other:
+            sys.exit(f"compare.py: {path} has {other[0]} with other flags ({other[1]}): choose another --out")
     done = {(row["method"], row["seed"]): row for row in rows}
     if not args.show:
+        args.out.mkdir(parents=True, exist_ok=True)
         try:
             run_all(args.methods, args, flags, path, done)
         except RuntimeError as error:

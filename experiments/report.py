@@ -4,9 +4,9 @@
     python experiments/report.py runs/scan-seed0 runs/full-seed0 --out report.html
     python experiments/report.py runs/compare/* --figures experiments/figures    # and as files for a README
 
-The first run that pruned is shown in detail, with the samples that it marked most often; all of them in the
-chart of scores. Runs whose folders differ in -seedN alone are one line of it. The page needs no network.
-Galleries read the data of the run, at the path that it was trained with.
+The first run named scan-seedN, or else the first that pruned, is shown in detail, with the samples that it
+marked most often; all of them in the chart of scores. Runs whose folders differ in -seedN alone are one line
+of it. The page needs no network. Galleries read the data of the run, at the path that it was trained with.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def score(record):
 
 
 def saved(run):
-    """Shares of samples and of seconds that pruning saved, as train.py's own table counts them."""
+    """Shares of samples and of seconds that were saved, beside all data in as many epochs."""
     epochs, batch = run["epochs"], run["args"]["batch_size"]
     full = len(epochs) * (epochs[0]["total"] // batch * batch)
     seconds = sum(r["seconds"] for r in epochs)
@@ -386,11 +386,11 @@ def page(runs, shown, figures, pictures, scan):
 
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = evaluation.Parser(description=__doc__, formatter_class=formatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs of train.py")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--figures", type=Path, help="folder for the charts and galleries as files too")
-    parser.add_argument("--samples", type=int, default=24, help="in each gallery (24)")
+    parser.add_argument("--samples", type=evaluation.natural, default=24, help="in each gallery (24)")
     options = parser.parse_args()
     try:
         write(options)
@@ -403,9 +403,7 @@ def write(options):
     if not runs:
         raise UserError("none of these is a run of train.py")
     pruned = [run for run in runs if any(r["candidates"] for r in run["epochs"])]
-    shown = max(
-        pruned, key=lambda run: sum(r["stage"] == "preparation" for r in run["epochs"]), default=runs[0]
-    )
+    shown = next((run for run in pruned if run["method"] == "scan"), (pruned or runs)[0])
     checkpoint = evaluation.load_checkpoint(shown["path"])
     scan = checkpoint["scan"]
     figures = {"epochs": (chart_of_epochs(shown), "Loss and share of the data kept, by epoch.")}
@@ -429,6 +427,8 @@ def write(options):
         options.figures.mkdir(parents=True, exist_ok=True)
         files = {name: figure for name, (figure, _) in figures.items()}
         for kind, samples in pictures.items():
+            if not samples:  # one kind alone was marked
+                continue
             files[kind.replace("_", "-")] = chart_of_gallery(samples, scan["rounds"])
         for name, figure in files.items():
             out = io.BytesIO()

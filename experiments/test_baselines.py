@@ -180,6 +180,63 @@ def test_compare_knows_what_each_run_is_built_on():
     assert compare.needs("coreset", 1, [0, 1]) == both
 
 
+@pytest.mark.parametrize("flags, said", [
+    (["--methods", "full", "sacn"], "'sacn' is neither full, scan"),
+    (["--methods", "scan:--prune '0.3"], "No closing quotation"),
+    (["--jobs", "0"], "--jobs: 0 is not a whole number of at least 1"),
+    (["--show"], "nothing is finished in"),
+    (["--seeds", "0", "1", "--methods", "coreset"], "has coreset with other flags (coreset_of [0])"),
+    (["--seeds", "0", "--methods", "dpruning", "--proxy-epochs", "2"], "has proxy with other flags (proxy_"),
+    (["--seeds", "0", "--methods", "coreset", "--lr", "1"], "has runs with other flags ()"),
+])  # fmt: skip
+def test_compare_refuses_in_one_line_before_it_runs_anything(flags, said, tmp_path, monkeypatch, capsys):
+    if "--seeds" in flags:
+        rows = [dict(method="coreset", coreset_of=[0]), dict(method="proxy", proxy_epochs=4)]
+        rows = (json.dumps(row | dict(seed=0, flags=[])) for row in rows)
+        (tmp_path / "results.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    line = capsys.readouterr().err.strip() or stopped.value.code
+    assert said in line and "\n" not in line
+
+
+def test_compare_counts_only_runs_that_ended_with_a_score(tmp_path):
+    epoch = dict(event="epoch", samples_seen=9, seconds=1.0)
+    (tmp_path / "config.json").write_text('{"epochs": 2}')
+    for records, said in (([epoch], "stopped before its end"), ([epoch, epoch], "give --val-data")):
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+        with pytest.raises(RuntimeError, match=said):
+            compare.summary(tmp_path)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--epochs", "3"], "has 2 epochs, batches of 32, not 3 and 32"),
+    (["--epochs", "2", "--batch-size", "64"], "not 2 and 64"),
+    (["--epochs", "2", "--data", "shapes:97"], "has 96 samples, these data 97"),
+])  # fmt: skip
+def test_baselines_refuse_another_run_than_the_budgets(flags, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"epochs": 2, "batch_size": 32}')
+    (tmp_path / "log.jsonl").write_text("\n".join([json.dumps(dict(event="epoch", kept=64, total=96))] * 2))
+    common = [
+        "--arch",
+        "vit_tiny",
+        "--data",
+        "shapes:96",
+        "--batch-size",
+        "32",
+        "--out",
+        str(tmp_path / "rs2"),
+    ]
+    asked = ["baselines.py", "rs2", "--scan-run", str(tmp_path), *common, *flags]
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(SystemExit) as stopped:
+        baselines.main()
+    line = capsys.readouterr().err.strip() or stopped.value.code
+    assert said in line and "\n" not in line
+
+
 def test_a_coreset_leaves_out_what_all_runs_marked_most(monkeypatch):
     counts = {"a": [3, 3, 0, 0, 2, 0, 0, 1], "b": [3, 3, 0, 0, 0, 2, 1, 0]}
     states = {
@@ -215,6 +272,22 @@ def test_ranked_marks_the_extremes_of_each_pool(pool):
     assert set(scan.redundant.nonzero().flatten().tolist()) == red
     assert set(scan.ill_matched.nonzero().flatten().tolist()) == ill
     assert scan.observed == total  # nothing waits beyond the epoch
+
+
+@pytest.mark.parametrize("pool", [8, 48])
+def test_ranked_goes_on_in_mid_epoch_without_leaving_samples_out(pool):
+    one, losses = variants.make(f"rank{pool}")(320, 0.25), torch.rand(320)
+    sampler = ScanSampler(one, 16)
+    sampler.set_epoch(0)
+    dealt = list(map(torch.tensor, sampler))
+    for ids in dealt[:7]:
+        one.observe(ids, losses[ids], losses[ids])
+    other = variants.make(f"rank{pool}")(320, 0.25)
+    other.load_state_dict(one.state_dict())
+    sampler = ScanSampler(other, 16)
+    sampler.set_epoch(0)
+    again = list(sampler)
+    assert again == [ids.tolist() for ids in dealt[7 * 16 // pool * pool // 16 :]]
 
 
 def test_quantile_marks_by_all_epochs_of_full_data():

@@ -36,7 +36,10 @@ class Bent(Scan):
 
 
 class Ranked(Scan):
-    """Losses ranked among `pool` samples: parts of a global batch, or several of them."""
+    """Losses ranked among `pool` samples: parts of a global batch, or several of them.
+
+    After a resume, batches that waited for their pool to fill are trained on once more.
+    """
 
     def __init__(self, *settings, pool, **others):
         super().__init__(*settings, **others)
