@@ -120,7 +120,7 @@ class RandomCrop:
         draw = torch.empty(1)
         for _ in range(10):
             area = height * width * draw.uniform_(*self.areas).item()
-            ratio = math.exp(draw.uniform_(*_LOG_RATIOS).item())
+            ratio = draw.uniform_(*_LOG_RATIOS).exp_().item()
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < h <= height and 0 < w <= width:
                 top, left = (torch.randint(room + 1, (1,)).item() for room in (height - h, width - w))
@@ -330,6 +330,7 @@ class Shapes(Source):
         return _sha256(drawn_by.encode())
 
 
+_MOST_OPEN = 128  # tars, of each process
 _LARGEST = 1 << 29  # bytes of a picture's file; of a longer one the rest is missing, and no decoder takes it
 _PARTS = dict.fromkeys(EXTENSIONS, 0) | {"txt": 1, "json": 2, "cls": 3}  # what a member is, by its extension
 
@@ -365,7 +366,7 @@ class Shards(Source):
         """Number of the tar that holds sample i, and the tar, open."""
         shard = int(np.searchsorted(self.first, i, side="right")) - 1
         if shard not in self._files:
-            if len(self._files) >= 128:
+            if len(self._files) >= _MOST_OPEN:
                 self._files.pop(next(iter(self._files))).close()
             with _naming(self.paths[shard]):
                 self._files[shard] = open(self.paths[shard], "rb", buffering=0)

@@ -227,7 +227,7 @@ class Scan:
     redundant, ill_matched: masks (N,) of the newest round. candidates: their ids.
     counts, ill_counts: (N,) int16, rounds in which each sample was a candidate, and an ill-matched one.
     quantile: (N,) float16, where each sample's loss stood in its batches (0 lowest, 1 highest): mean over
-        the epochs of full data.
+        the epochs of full data; one in whose incomplete last batch it fell counts as its mean till then.
     """
 
     def __init__(
@@ -242,10 +242,11 @@ class Scan:
         seed=0,
         keep=None,
     ):
-        self.num_samples = num_samples
-        self.rho_red = prune if rho_red is None else rho_red
-        self.rho_ill = prune if rho_ill is None else rho_ill
-        self.t_cos, self.threshold, self.rule, self.seed = t_cos, threshold, rule, seed
+        # Python's numbers, since numpy's would make other draws, and a state that torch.load refuses.
+        self.num_samples, self.t_cos, self.seed = int(num_samples), int(t_cos), int(seed)
+        self.rho_red = float(prune if rho_red is None else rho_red)
+        self.rho_ill = float(prune if rho_ill is None else rho_ill)
+        self.threshold, self.rule = float(threshold), rule
         _check_ratios(self.rho_red, self.rho_ill)  # refuse bad settings now, not epochs later
         prune_ratio(0, t_cos)
         warmed_up(1.0, 1.0, threshold, rule)
@@ -254,7 +255,7 @@ class Scan:
         self._all = torch.ones(num_samples, dtype=torch.bool)
         if keep is not None:
             keep = torch.as_tensor(keep)
-            if keep.ndim != 1 or keep.is_floating_point() or not len(keep):
+            if keep.ndim != 1 or keep.is_floating_point() or keep.dtype == torch.bool or not len(keep):
                 raise ValueError("keep must be a flat list of ids")
             if keep.min() < 0 or keep.max() >= num_samples:
                 raise ValueError(f"keep must hold ids in 0..{num_samples - 1}")
@@ -262,6 +263,7 @@ class Scan:
 
         self.stage = "warm-up"
         self.epoch, self.open, self.step = None, False, 0  # open: between begin_epoch and end_epoch
+        self._begun = False  # whether kept_mask is of this epoch: a state does not hold it
         self.observed, self.batch = 0, 0  # samples of this epoch so far; the newest global batch
         self.first_preparation = None  # epoch; None until warmed up
         self.full_epochs, self.rounds = 0, 0  # epochs of full data begun, rounds of candidates found
@@ -299,7 +301,7 @@ class Scan:
 
     def _begin(self, epoch):
         following = 0 if self.epoch is None else self.epoch if self.open else self.epoch + 1
-        epoch = following if epoch is None else epoch
+        epoch = following if epoch is None else int(epoch)
         if self.epoch is not None and epoch != following:
             raise ValueError(
                 f"epoch {self.epoch} has not ended: call end_epoch() before epoch {epoch}"
@@ -320,6 +322,7 @@ class Scan:
                 self._marked.zero_()
         self.kept_mask = self._draw(prune_ratio(since, self.t_cos)) if self.stage == "mutation" else self._all
         self.num_kept = int(self.kept_mask.count_nonzero())  # sum() would make 8 bytes of each
+        self._begun = True
 
     def _draw(self, share):
         """Mask (N,) of what a mutation epoch trains on: all but a random share of the candidates (Eq. 3)."""
@@ -431,6 +434,7 @@ class Scan:
             setattr(self, name, state[name])
         for name in self._tensors:
             getattr(self, name).copy_(state[name])
+        self._begun = False
 
     def _to(self, device):
         if self.loss_sum.device != device:
@@ -537,12 +541,13 @@ class ScanSampler:
             raise ValueError(
                 f"the global batch, {global_batch_size}, must be divisible by {world_size} ranks"
             )
-        if scan.num_kept < global_batch_size:
-            raise ValueError(f"{scan.num_kept} samples do not fill one global batch of {global_batch_size}")
+        if (full := int(scan._all.count_nonzero())) < global_batch_size:
+            raise ValueError(f"{full} samples do not fill one global batch of {global_batch_size}")
 
     def set_epoch(self, epoch=None):
         """Begin scan's epoch, the next if not said; needed before each one. Once more changes nothing."""
-        if not self.scan.open or epoch not in (None, self.epoch) or self.epoch != self.scan.epoch:
+        begun = self.scan.open and self.scan._begun and self.epoch == self.scan.epoch
+        if not begun or epoch not in (None, self.epoch):
             self.scan._begin(epoch)
             self.epoch, self.start = self.scan.epoch, self.scan.observed // self.global_batch_size
 

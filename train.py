@@ -476,7 +476,7 @@ class Run:
         if self.rank == 0:
             config = json.dumps(vars(self.args), indent=1).encode()
             write_whole(self.out / "config.json", lambda file: file.write(config))
-        if epoch:
+        if epoch and not step:
             self.evaluate_if_due(epoch - 1)
         return epoch
 
