@@ -56,11 +56,7 @@ def main():
             seed, scores = probe(run, asked.val_data)
         except data.UserError as error:
             evaluation.fail("probe.py", str(error))
-        print(
-            str(run),
-            {name: [round(x, 4) for x in values] for name, values in scores.items()},
-            file=sys.stderr,
-        )
+        print(run, {name: [round(x, 4) for x in values] for name, values in scores.items()}, file=sys.stderr)
         for name, values in scores.items():
             rows.setdefault(name, {})[seed] = values
     print("| | kNN | kNN, balanced | linear | linear, balanced | seeds |\n|---|---|---|---|---|---|")
