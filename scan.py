@@ -541,8 +541,8 @@ class ScanSampler:
             raise ValueError(
                 f"the global batch, {global_batch_size}, must be divisible by {world_size} ranks"
             )
-        if (full := int(scan._all.count_nonzero())) < global_batch_size:
-            raise ValueError(f"{full} samples do not fill one global batch of {global_batch_size}")
+        if scan.num_kept < global_batch_size and scan.stage != "mutation":  # which may keep nothing
+            raise ValueError(f"{scan.num_kept} samples do not fill one global batch of {global_batch_size}")
 
     def set_epoch(self, epoch=None):
         """Begin scan's epoch, the next if not said; needed before each one. Once more changes nothing."""
