@@ -72,6 +72,15 @@ def settings(method, args):
     }.get(method.partition(":")[0], {})
 
 
+def differs(row, args, flags, wanted):
+    """How a finished run, if it is `wanted`, was made otherwise than is asked now; None if it was not."""
+    if row["flags"] != flags:
+        return f"runs with other flags ({shlex.join(row['flags'])})"
+    for name, value in settings(row["method"], args).items() if row["method"] in wanted else ():
+        if row.get(name, value) != value:
+            return f"{row['method']} with other flags ({name} {row[name]})"
+
+
 def needs(method, seed, seeds):
     """-> by flag of baselines.py: the runs, as (method, seed), that this one is built on."""
     name, _, own = method.partition(":")
@@ -211,11 +220,8 @@ def main():
         sys.exit(f"compare.py: nothing is finished in {args.out}")
     wanted = {*args.methods} | {"proxy" for method in args.methods if method.startswith("dpruning")}
     for row in [] if args.show else rows:
-        other = row["flags"] != flags and ("runs", shlex.join(row["flags"]))
-        for name, value in settings(row["method"], args).items() if row["method"] in wanted else ():
-            other = other or row.get(name, value) != value and (row["method"], f"{name} {row[name]}")
-        if other:
-            sys.exit(f"compare.py: {path} has {other[0]} with other flags ({other[1]}): choose another --out")
+        if difference := differs(row, args, flags, wanted):
+            sys.exit(f"compare.py: {path} has {difference}: choose another --out")
     done = {(row["method"], row["seed"]): row for row in rows}
     if not args.show:
         args.out.mkdir(parents=True, exist_ok=True)

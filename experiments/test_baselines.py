@@ -389,6 +389,9 @@ def test_compare_runs_methods_on_one_budget_and_goes_on(tmp_path):
     again = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
     assert again.stdout == first.stdout and again.stderr == ""  # nothing is run twice
     assert len(first.stdout.splitlines()) == 2 + 7
+    rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    proxies = {row["method"]: row["proxy_epochs"] for row in rows if "proxy_epochs" in row}
+    assert proxies == {"proxy": 1, "dpruning": 1}  # so that they are not mixed with others
     other = subprocess.run([*command, "--lr", "1"], cwd=HERE.parent, capture_output=True, text=True)
     assert other.returncode == 1 and "other flags" in other.stderr
 
