@@ -1,0 +1,253 @@
+"""Real, noisy image-text shards: up to 390,000 icons of 240 open sets, and the words of their names.
+
+    npm pack @iconify/json && tar xzf iconify-json-*.tgz                  # 104 MB, unpacked into package/
+    python experiments/icons.py build package --out icons --n 60000       # pip install resvg_py
+    python train.py --arch vit_tiny --data 'icons/train-*.tar' --val-data 'icons/zeroshot-*.tar' \\
+        --label-key concept --templates '{}' --prune 0.3 --out runs/icons
+    python experiments/icons.py look runs/icons --out look.png            # what the run marked
+
+Nothing is planted: one icon comes in several sizes and weights (redundant), and brand logos and in-house names
+explain no picture (ill-matched). The sets of HELD_OUT, whole, give zeroshot-*.tar: their icons of the concepts
+that at least 3 of these sets and 8 training icons show. A tenth of the other sets' icons is kept for
+retrieval-*.tar, the rest is drawn from for train-*.tar. Members are KEY.png (on white), KEY.txt and KEY.json
+(caption, set, name, concept, logo, category, licence). The licences differ by set: do not publish the shards.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import re
+import sys
+import tarfile
+import time
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+HELD_OUT = {
+    "outline": ["iconoir", "akar-icons"],
+    "outline and solid": ["bi", "teenyicons", "jam"],
+    "solid": ["zondicons", "vaadin", "fontisto"],
+    "coloured": ["flat-color-icons", "marketeq"],
+    "emoji": ["fxemoji", "openmoji"],
+}
+# words of a name that say how an icon is drawn, not what it shows
+STYLE = set(
+    "outline outlined filled fill solid regular bold light thin duotone line linear rounded round sharp broken "
+    "twotone two tone color colored colour alt bulk variant flat stroke thick medium mono monochrome plain "
+    "original wordmark icon logo brand sized small large big mini micro px sm lg xs xl".split()
+)
+OPEN = ("MIT", "Apache-2.0", "CC0-1.0", "ISC")  # licences of the icons that a published figure may show
+SHARD = 5000  # samples
+
+
+def read_icons(package, logos=True):
+    """All icons of the unpacked package, sorted, and how many have no words -> ([(name, meta, svg)], n)."""
+    collections = json.loads((package / "collections.json").read_text(encoding="utf-8"))
+    icons, wordless = [], 0
+    for path in sorted((package / "json").glob("*.json")):
+        icon_set = json.loads(path.read_text(encoding="utf-8"))
+        prefix, about = icon_set["prefix"], icon_set.get("info") or collections.get(path.stem, {})
+        brands = about.get("category") == "Logos" or prefix.endswith("-brands")
+        for name, icon in sorted(icon_set["icons"].items()):
+            words = [word for word in name.split("-") if not re.fullmatch(r"\d+(px)?", word)]
+            if not words:
+                wordless += 1
+                continue
+            meta = {
+                "caption": " ".join(words),
+                "set": prefix,
+                "name": name,
+                "concept": " ".join(word for word in words if word not in STYLE) or " ".join(words),
+                "logo": brands or words[0] in ("logo", "brand") or words[-1] in ("logo", "wordmark"),
+                "category": about.get("category", ""),
+                "licence": about.get("license", {}).get("spdx", ""),
+            }
+            if logos or not meta["logo"]:
+                icons.append((f"{prefix}:{name}", meta, svg(icon, icon_set)))
+    return icons, wordless
+
+
+def svg(icon, icon_set):
+    """The icon centred in a square; `currentColor` is drawn black."""
+    box = {"left": 0, "top": 0, "width": 16, "height": 16}
+    for defaults in (icon_set, icon):
+        box |= {key: defaults[key] for key in box if key in defaults}
+    side = max(box["width"], box["height"])
+    left = box["left"] - (side - box["width"]) / 2
+    top = box["top"] - (side - box["height"]) / 2
+    view = f"{left:g} {top:g} {side:g} {side:g}"
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {namespaces} viewBox="{view}" width="{side:g}" height="{side:g}">{icon["body"]}</svg>'
+
+
+def split(icons, n, seed):
+    """-> {split: icons}; the split of an icon depends on its name alone, the draw of n on the seed."""
+    held_out = {name for sets in HELD_OUT.values() for name in sets}
+    held, spare, pool = [], [], []
+    for icon in icons:
+        if icon[1]["set"] in held_out:
+            held.append(icon)
+        elif zlib.crc32(icon[0].encode()) % 10 == 0:
+            spare.append(icon)
+        else:
+            pool.append(icon)
+    rng = np.random.default_rng(seed)
+    train = [pool[i] for i in rng.permutation(len(pool))[:n]]
+    retrieval = [spare[i] for i in rng.permutation(len(spare))[: n // 10]]
+    seen, sets = Counter(meta["concept"] for _, meta, _ in train), defaultdict(set)
+    for _, meta, _ in held:
+        sets[meta["concept"]].add(meta["set"])
+    zeroshot = [i for i in held if len(sets[i[1]["concept"]]) >= 3 and seen[i[1]["concept"]] >= 8]
+    return {"train": train, "zeroshot": zeroshot, "retrieval": retrieval}
+
+
+def write_shard(job):
+    """Render the icons of one shard, unless it exists -> (rendered, not rendered)."""
+    import resvg_py
+
+    path, first, icons, size = job
+    if path.exists():
+        with tarfile.open(path) as tar:
+            done = sum(name.endswith(".png") for name in tar.getnames())
+        return done, len(icons) - done
+    failed, new = 0, path.with_suffix(".new")
+    with tarfile.open(new, "w") as tar:
+        for number, (_, meta, drawing) in enumerate(icons, first):
+            picture = io.BytesIO()
+            try:
+                png = resvg_py.svg_to_bytes(
+                    svg_string=drawing, width=size, height=size, background="white", skip_system_fonts=True
+                )
+                Image.open(io.BytesIO(bytes(png))).convert("RGB").save(picture, "PNG")
+            except (ValueError, OSError):
+                failed += 1
+                continue
+            for ending, content in (
+                ("png", picture.getvalue()),
+                ("txt", meta["caption"].encode()),
+                ("json", json.dumps(meta).encode()),
+            ):
+                info = tarfile.TarInfo(f"{number:09}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    new.rename(path)
+    return len(icons) - failed, failed
+
+
+def build(args):
+    if not (args.package / "collections.json").exists():
+        sys.exit(
+            f"icons.py: no collections.json in {args.package}: npm pack @iconify/json, and unpack it there"
+        )
+    version = json.loads((args.package / "package.json").read_text())["version"]
+    settings = {name: getattr(args, name) for name in ("n", "size", "seed", "logos")} | {"version": version}
+    args.out.mkdir(parents=True, exist_ok=True)
+    note = args.out / "icons.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        sys.exit(f"icons.py: {args.out} holds icons of other settings ({note}): choose another --out")
+    note.write_text(json.dumps(settings))
+    icons, wordless = read_icons(args.package, args.logos)
+    print(f"{len(icons):,} icons of @iconify/json {version}; {wordless:,} left out: names without words")
+    jobs, names, totals = [], [], defaultdict(Counter)
+    for name, chosen in split(icons, args.n, args.seed).items():
+        for k in range(0, len(chosen), SHARD):
+            jobs.append((args.out / f"{name}-{k // SHARD:05}.tar", k, chosen[k : k + SHARD], args.size))
+            names.append(name)
+    began = time.monotonic()
+    with multiprocessing.Pool(args.jobs) as pool:
+        for k, (rendered, failed) in enumerate(pool.imap(write_shard, jobs)):
+            totals[names[k]].update(rendered=rendered, failed=failed)
+            print(f"shard {k + 1} of {len(jobs)}, {time.monotonic() - began:.0f} s", file=sys.stderr)
+    for name, total in totals.items():
+        print(f"{args.out}/{name}-*.tar: {total['rendered']:,} icons, {total['failed']:,} cannot be drawn")
+
+
+def read_meta(spec):
+    """The JSON of every sample of train.py's --data, in the order of its ids, and a reader of the pictures."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import data
+
+    shards = data.open_source(spec)
+    return [shards.meta(i) for i in range(len(shards))], shards.image
+
+
+def look(args):
+    """What a finished run marked, against what the JSON says; and a gallery of the icons marked most often."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import eval as evaluation
+
+    checkpoint = evaluation.load_checkpoint(args.run)
+    scan, (metas, image) = checkpoint["scan"], read_meta(checkpoint["args"]["data"])
+    copies = Counter((meta["set"], meta["concept"]) for meta in metas)
+    truths = {
+        "logos": np.array([meta["logo"] for meta in metas]),
+        "size and weight variants": np.array([copies[meta["set"], meta["concept"]] > 1 for meta in metas]),
+    }
+    red, ill = scan["redundant"].numpy(), scan["ill_matched"].numpy()
+    before_ill = scan["ill_counts"].numpy() - ill
+    before_red = (scan["counts"].numpy() - (red | ill)) - before_ill  # marked redundant alone
+    marks = {"all samples": np.ones(len(metas)), "redundant, newest round": red}
+    marks |= {"redundant, earlier rounds": before_red, "ill-matched, newest round": ill}
+    marks |= {"ill-matched, earlier rounds": before_ill}
+    print(
+        f"| {args.run}, {scan['rounds']} rounds | " + " | ".join(truths) + " |\n|---|" + "---|" * len(truths)
+    )
+    for name, weight in marks.items():
+        weight = np.maximum(weight, 0)
+        shares = [f"{(weight * truth).sum() / max(weight.sum(), 1):.1%}" for truth in truths.values()]
+        print(f"| {name} | {' | '.join(shares)} |")
+
+    quantile, open_sets = scan["quantile"].float().numpy(), {}
+    sheet = Image.new("RGB", (12 * 96, 4 * 116), "white")
+    for part, often, order in (
+        (0, scan["counts"] - scan["ill_counts"], quantile),
+        (2, scan["ill_counts"], -quantile),
+    ):
+        ids = [i for i in np.lexsort((order, -often.numpy())) if metas[i]["licence"] in OPEN]
+        for k, i in enumerate(ids[:24]):
+            x, y = k % 12 * 96, (part + k // 12) * 116
+            sheet.paste(image(i).resize((72, 72)), (x + 12, y + 4))
+            ImageDraw.Draw(sheet).text((x + 4, y + 80), "\n".join(wrap(metas[i]["caption"])), fill="black")
+            open_sets[metas[i]["set"]] = metas[i]["licence"]
+    sheet.save(args.out)
+    licences = ", ".join(f"{name} ({licence})" for name, licence in sorted(open_sets.items()))
+    print(f"{args.out}: two rows redundant, two rows ill-matched; from {licences}")
+
+
+def wrap(caption, width=14):
+    """At most three short lines."""
+    lines = [""]
+    for word in caption.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()[:width]
+    return lines[:3]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("build", help="render the shards; goes on where it stopped").add_argument
+    add("package", type=Path, help="the unpacked npm package @iconify/json")
+    add("--out", type=Path, default=Path("icons"))
+    add("--n", type=int, default=60_000, help="training icons")
+    add("--size", type=int, default=64, help="edge of a picture in pixels")
+    add("--seed", type=int, default=0, help="of the draw")
+    add("--no-logos", dest="logos", action="store_false", help="leave out brand logos")
+    add("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes")
+    add = commands.add_parser("look", help="what a run marked, against what the names say").add_argument
+    add("run", help="folder of a finished run")
+    add("--out", default="look.png", help="picture of the icons marked most often")
+    args = parser.parse_args()
+    {"build": build, "look": look}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
