@@ -6,11 +6,16 @@
         --label-key concept --templates '{}' --prune 0.3 --out runs/icons
     python experiments/icons.py look runs/icons --out look.png            # what the run marked
 
-Nothing is planted: one icon comes in several sizes and weights (redundant), and brand logos and in-house names
-explain no picture (ill-matched). The sets of HELD_OUT, whole, give zeroshot-*.tar: their icons of the concepts
-that at least 3 of these sets and 8 training icons show. A tenth of the other sets' icons is kept for
-retrieval-*.tar, the rest is drawn from for train-*.tar. Members are KEY.png (on white), KEY.txt and KEY.json
-(caption, set, name, concept, logo, category, licence). The licences differ by set: do not publish the shards.
+No fault is planted: many icons come in several sizes and weights (redundant), and the names of brands explain
+no picture (ill-matched). Three kinds of shards:
+
+    train-*.tar      n icons, drawn from nine tenths of the sets that are not in HELD_OUT
+    retrieval-*.tar  n / 10 icons, drawn from the last tenth
+    zeroshot-*.tar   from the sets of HELD_OUT, the icons of the concepts that at least 3 of these sets and
+                     at least 8 training icons show
+
+Members are KEY.png (on white), KEY.txt and KEY.json (caption, set, name, concept, logo, category, licence).
+The licences differ by set: do not publish the shards.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import multiprocessing
 import re
 import sys
 import tarfile
+import textwrap
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -27,6 +33,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
 
 HELD_OUT = {
     "outline": ["iconoir", "akar-icons"],
@@ -37,9 +47,9 @@ HELD_OUT = {
 }
 # words of a name that say how an icon is drawn, not what it shows
 STYLE = set(
-    "outline outlined filled fill solid regular bold light thin duotone line linear rounded round sharp broken "
-    "twotone two tone color colored colour alt bulk variant flat stroke thick medium mono monochrome plain "
-    "original wordmark icon logo brand sized small large big mini micro px sm lg xs xl".split()
+    "outline outlined filled fill solid regular bold light thin duotone line linear rounded round sharp "
+    "broken twotone two tone color colored colour alt bulk variant flat stroke thick medium mono monochrome "
+    "plain original wordmark icon logo brand sized small large big mini micro px sm lg xs xl".split()
 )
 OPEN = ("MIT", "Apache-2.0", "CC0-1.0", "ISC")  # licences of the icons that a published figure may show
 SHARD = 5000  # samples
@@ -167,66 +177,43 @@ def build(args):
         print(f"{args.out}/{name}-*.tar: {total['rendered']:,} icons, {total['failed']:,} cannot be drawn")
 
 
-def read_meta(spec):
-    """The JSON of every sample of train.py's --data, in the order of its ids, and a reader of the pictures."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import data
-
-    shards = data.open_source(spec)
-    return [shards.meta(i) for i in range(len(shards))], shards.image
-
-
-def look(args):
-    """What a finished run marked, against what the JSON says; and a gallery of the icons marked most often."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import eval as evaluation
-
-    checkpoint = evaluation.load_checkpoint(args.run)
-    scan, (metas, image) = checkpoint["scan"], read_meta(checkpoint["args"]["data"])
+def look(run, out):
+    """Compare what a finished run marked with what the JSON says; draw the icons marked most often."""
+    checkpoint = evaluation.load_checkpoint(run)
+    scan, icons = checkpoint["scan"], data.open_source(checkpoint["args"]["data"])
+    metas = [icons.meta(i) for i in range(len(icons))]
     copies = Counter((meta["set"], meta["concept"]) for meta in metas)
     truths = {
         "logos": np.array([meta["logo"] for meta in metas]),
         "size and weight variants": np.array([copies[meta["set"], meta["concept"]] > 1 for meta in metas]),
     }
     red, ill = scan["redundant"].numpy(), scan["ill_matched"].numpy()
-    before_ill = scan["ill_counts"].numpy() - ill
-    before_red = (scan["counts"].numpy() - (red | ill)) - before_ill  # marked redundant alone
-    marks = {"all samples": np.ones(len(metas)), "redundant, newest round": red}
-    marks |= {"redundant, earlier rounds": before_red, "ill-matched, newest round": ill}
-    marks |= {"ill-matched, earlier rounds": before_ill}
-    print(
-        f"| {args.run}, {scan['rounds']} rounds | " + " | ".join(truths) + " |\n|---|" + "---|" * len(truths)
-    )
-    for name, weight in marks.items():
-        weight = np.maximum(weight, 0)
-        shares = [f"{(weight * truth).sum() / max(weight.sum(), 1):.1%}" for truth in truths.values()]
+    counts, ill_counts = scan["counts"].numpy(), scan["ill_counts"].numpy()
+    marks = {"all samples": np.ones(len(icons)), "redundant, newest round": red}
+    marks |= {"ill-matched, newest round": ill}
+    if scan["rounds"] > 1:  # a state holds the masks of the newest round, and counts of all
+        marks["ill-matched, earlier rounds"] = ill_counts - ill
+        marks["redundant alone, earlier rounds"] = (counts - (red | ill)) - (ill_counts - ill)
+    print(f"| {run}, {scan['rounds']} rounds | {' | '.join(truths)} |\n|---|---|---|")
+    for name, weights in marks.items():
+        if not weights.any():
+            continue
+        shares = [f"{np.average(truth, weights=weights):.1%}" for truth in truths.values()]
         print(f"| {name} | {' | '.join(shares)} |")
 
-    quantile, open_sets = scan["quantile"].float().numpy(), {}
+    quantile, shown = scan["quantile"].float().numpy(), {}
     sheet = Image.new("RGB", (12 * 96, 4 * 116), "white")
-    for part, often, order in (
-        (0, scan["counts"] - scan["ill_counts"], quantile),
-        (2, scan["ill_counts"], -quantile),
-    ):
-        ids = [i for i in np.lexsort((order, -often.numpy())) if metas[i]["licence"] in OPEN]
+    draw = ImageDraw.Draw(sheet)
+    for row, often, order in ((0, counts - ill_counts, quantile), (2, ill_counts, -quantile)):
+        ids = [i for i in np.lexsort((order, -often)) if metas[i]["licence"] in OPEN]
         for k, i in enumerate(ids[:24]):
-            x, y = k % 12 * 96, (part + k // 12) * 116
-            sheet.paste(image(i).resize((72, 72)), (x + 12, y + 4))
-            ImageDraw.Draw(sheet).text((x + 4, y + 80), "\n".join(wrap(metas[i]["caption"])), fill="black")
-            open_sets[metas[i]["set"]] = metas[i]["licence"]
-    sheet.save(args.out)
-    licences = ", ".join(f"{name} ({licence})" for name, licence in sorted(open_sets.items()))
-    print(f"{args.out}: two rows redundant, two rows ill-matched; from {licences}")
-
-
-def wrap(caption, width=14):
-    """At most three short lines."""
-    lines = [""]
-    for word in caption.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()[:width]
-    return lines[:3]
+            x, y = k % 12 * 96, (row + k // 12) * 116
+            sheet.paste(icons.image(i).resize((72, 72)), (x + 12, y + 4))
+            draw.text((x + 4, y + 80), "\n".join(textwrap.wrap(metas[i]["caption"], 15)[:3]), fill="black")
+            shown[metas[i]["set"]] = metas[i]["licence"]
+    sheet.save(out)
+    licences = ", ".join(f"{name} ({licence})" for name, licence in sorted(shown.items()))
+    print(f"{out}: two rows redundant, two rows ill-matched; from {licences}")
 
 
 def main():
@@ -246,7 +233,10 @@ def main():
     add("run", help="folder of a finished run")
     add("--out", default="look.png", help="picture of the icons marked most often")
     args = parser.parse_args()
-    {"build": build, "look": look}[args.command](args)
+    if args.command == "build":
+        build(args)
+    else:
+        look(args.run, args.out)
 
 
 if __name__ == "__main__":
