@@ -173,6 +173,44 @@ def test_compare_pairs_seeds_by_students_t():
     assert compare.paired("scan:--prune 0.5", "rs2", rows, range(3)) == "–"  # which saw fewer samples
 
 
+def test_compare_pairs_full_data_in_fewer_epochs_with_full_data():
+    rows = {("full", k): {"score": 0.5 + k / 100, "samples": 100} for k in range(3)}
+    rows |= {("full:--epochs 7", k): {"score": 0.45 + k / 100, "samples": 70} for k in range(3)}
+    assert compare.paired("full:--epochs 7", "full", rows, range(3)) == "-0.050 ± 0.000"
+    assert compare.paired("full", "full", rows, range(3)) == "–"
+
+
+def test_compare_shows_top_1_and_top_5_of_rows_of_either_age(tmp_path, monkeypatch, capsys):
+    final = [dict(top1=0.25, top5=0.5, balanced=0.125, n=8), dict(top1=0.75, top5=1.0, balanced=0.375, n=8)]
+    for seed, shares in enumerate(final):
+        out = tmp_path / f"full-seed{seed}"
+        out.mkdir()
+        (out / "config.json").write_text('{"epochs": 1}')
+        epoch = dict(event="epoch", samples_seen=9, seconds=1.0)
+        records = [epoch, dict(event="eval", **{name: 0.0 for name in shares}), dict(event="eval", **shares)]
+        (out / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    rows = [
+        dict(method="full", seed=k, flags=[]) | compare.summary(tmp_path / f"full-seed{k}") for k in (0, 1)
+    ]
+    assert [row["score"] for row in rows] == [0.125, 0.375]
+    del rows[0]["scores"]  # written by an earlier version
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["compare.py", "--out", str(tmp_path), "--methods", "full", "--seeds", "0", "1", "--show"]
+    for measure, cell in (
+        ("balanced", "0.250 ± 0.177"),
+        ("top1", "0.500 ± 0.354"),
+        ("top5", "0.750 ± 0.354"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*flags, "--measure", measure])
+        compare.main()
+        head, _, line = capsys.readouterr().out.splitlines()
+        assert head.startswith(f"| method | {measure} | top1 | top5 | samples |")
+        assert line.startswith(f"| full | {cell} | 0.500 ± 0.354 | 0.750 ± 0.354 | 9 |")
+    monkeypatch.setattr(sys, "argv", [*flags, "--measure", "i2t_r1"])
+    with pytest.raises(SystemExit, match="has no 'i2t_r1'"):
+        compare.main()
+
+
 def test_compare_knows_what_each_run_is_built_on():
     assert compare.needs("full", 1, [0, 1]) == compare.needs("rank64:--t-cos 2", 1, [0, 1]) == {}
     assert compare.needs("rs2:--t-cos 2", 1, [0, 1]) == {"--scan-run": [("scan:--t-cos 2", 1)]}
