@@ -24,7 +24,6 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -176,24 +175,6 @@ def chart_of_gaps(gaps, measure):
     return figure
 
 
-def chart_of_faults(found):
-    """Draw recall and precision of planted faults among the candidates, by round."""
-    figure, axes = plt.subplots(figsize=(5, 3.2))
-    x = range(1, len(found) + 1)
-    for kind in found[0]:
-        colour = RED if kind == "ill_matched" else BLUE
-        for key, style in (("recall", "-"), ("precision", "--")):
-            y = [100 * record[kind][key] for record in found]
-            label = f"{kind.replace('_', '-')}, {key}"
-            axes.plot(x, y, style, color=colour, marker="o", ms=3, label=label)
-        chance = 100 * found[0][kind]["marked"]
-        axes.axhline(chance, color=QUIET, lw=0.8, ls=":")
-        axes.text(1, chance + 1, "recall by chance", color=QUIET, fontsize=8)
-    axes.set(xlabel="round", ylabel="planted faults, %", ylim=(0, 102), xticks=x[:: 1 + len(x) // 12])
-    axes.legend(fontsize=8.5)
-    return figure
-
-
 def overlap(scan):
     """-> mean overlap (IoU) of the candidates of two rounds, and the overlap of independent rounds.
 
@@ -210,7 +191,7 @@ def overlap(scan):
 
 
 def galleries(run, checkpoint, number):
-    """-> {kind: [(times marked, quantile, caption or None, planted, picture)]}, most often marked first."""
+    """-> {kind: [(times marked, quantile, caption, planted, picture)]}, most often marked first."""
     args, scan = argparse.Namespace(**checkpoint["args"]), checkpoint["scan"]
     tokenizer = evaluation.tokenizer_for(args.vocab) if checkpoint["tokenizer"] else None
     args.val_data = None
@@ -218,33 +199,32 @@ def galleries(run, checkpoint, number):
     if len(dataset) != len(scan["counts"]):
         raise UserError(f"{run}: {args.data} has {len(dataset):,} samples, not {len(scan['counts']):,}")
     quantile, ill = scan["quantile"].float(), scan["ill_counts"].long()
-    orders = {"redundant": (scan["counts"].long() - ill, -quantile), "ill_matched": (ill, quantile)}
+    orders = {"redundant": (scan["counts"].long() - ill, -quantile), "ill-matched": (ill, quantile)}
     result = {}
     for kind, (times, ties) in orders.items():
         first = np.lexsort((-ties.numpy(), -times.numpy()))[:number]
-        truth, result[kind] = dataset.truth.get(kind), []
+        truth, result[kind] = dataset.truth.get(kind.replace("-", "_")), []
         for i in first[times.numpy()[first] > 0].tolist():
-            caption = dataset.caption(i) if tokenizer else None
+            caption = dataset.caption(i) if tokenizer else ""
             planted = truth is not None and bool(truth[i])
-            picture = dataset.source.image(i).convert("RGB")
+            picture = dataset.source.image(i).convert("RGB").resize((96, 96))
             result[kind].append((int(times[i]), float(quantile[i]), caption, planted, picture))
     return result
 
 
 def chart_of_gallery(samples, rounds, columns=8):
     rows = math.ceil(len(samples) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.8 * rows), squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.7 * rows), squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, (times, quantile, caption, planted, picture) in zip(grid.flat, samples):
-        axes.imshow(picture.resize((96, 96)))
+        axes.imshow(picture)
         if planted:
             frame = plt.Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, ec=RED, lw=4)
             axes.add_patch(frame)
         title = f"{times} of {plural(rounds, 'round')}\nloss above {100 * quantile:.0f} %"
         axes.set_title(title, fontsize=7.5, color=QUIET, pad=3)
-        text = textwrap.shorten(caption or "", 44, placeholder="…")
-        text = "\n".join(textwrap.wrap(text, 19)[:3])
+        text = "\n".join(textwrap.wrap(textwrap.shorten(caption, 44, placeholder="…"), 19))
         axes.text(0.5, -0.06, text, transform=axes.transAxes, fontsize=7.5, color=INK, ha="center", va="top")
     return figure
 
@@ -253,20 +233,17 @@ def chart_of_gallery(samples, rounds, columns=8):
 
 
 STYLE = """
-body { margin: 0 auto; padding: 28px 16px; max-width: 1120px; background: #f4f6f8; color: #1d2733;
-  font: 16px/1.5 system-ui, sans-serif; }
-p, span, figcaption { color: #55636f; }
+body { margin: auto; padding: 28px 16px; max-width: 1120px; background: #f4f6f8; font: 16px/1.5 system-ui; }
 .tiles, .charts { display: grid; gap: 14px; margin: 18px 0; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 .tiles div, figure { background: #fff; border-radius: 10px; padding: 14px; margin: 0; }
 .tiles b { display: block; font-size: 28px; line-height: 1.15; }
-figure img { width: 100%; }
-.gallery { grid-column: 1 / -1; overflow-x: auto; }
-.gallery img { min-width: 720px; }
+.gallery { grid-column: 1 / -1; }
+figure img, table { width: 100%; }
+p, span, figcaption { color: #55636f; }
 span, figcaption, table { font-size: 14px; }
-table { border-collapse: collapse; background: #fff; width: 100%; }
-td, th { padding: 6px 10px; text-align: right; border-bottom: 1px solid #e6e8eb; white-space: nowrap; }
+td, th { padding: 6px 10px; text-align: right; border-bottom: 1px solid #d5dbe1; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 """
 TITLES = {
@@ -284,14 +261,16 @@ def tiles(run, scan):
         epoch, score = run["evals"][-1]
         shown += [(f"{score:.1%}", run["measure"] + ("" if run["finished"] else f" after epoch {epoch}"))]
     found = [r["found"] for r in run["epochs"] if r.get("found")]
-    for kind in found[-1] if found else ():
-        recall = statistics.mean(record[kind]["recall"] for record in found)
-        chance = statistics.mean(record[kind]["marked"] for record in found)
-        name = {"ill_matched": "mismatches", "redundant": "duplicates"}[kind]
-        shown += [(f"{recall:.0%}", f"of the planted {name} found (by chance {chance:.0%})")]
-    if scan["rounds"] > 1:
+    for kind, name in (("ill_matched", "mismatches"), ("redundant", "duplicates")):
+        rounds = [record[kind] for record in found if kind in record]
+        if rounds:
+            mean = {key: statistics.mean(r[key] for r in rounds) for key in ("recall", "marked", "precision")}
+            text = f"of the planted {name} found (by chance {mean['marked']:.0%}), "
+            text += f"precision {mean['precision']:.0%}, over {plural(len(rounds), 'round')}"
+            shown += [(f"{mean['recall']:.0%}", text)]
+    if scan["rounds"] > 1 and scan["counts"].any():
         same, chance = overlap(scan)
-        shown += [(f"{same:.0%}", f"overlap (IoU) of two rounds' candidates (by chance {chance:.0%})")]
+        shown += [(f"{same:.0%}", f"overlap (IoU) of the candidates of two rounds (by chance {chance:.0%})")]
     inside = [f"<div><b>{number}</b><span>{text}</span></div>" for number, text in shown]
     return f'<div class="tiles">{"".join(inside)}</div>'
 
@@ -311,11 +290,7 @@ def page(runs, shown, figures, scan):
     args = shown["args"]
     about = f"{args['arch']} on {Path(args['data']).name}, {plural(shown['epochs'][0]['total'], 'sample')}, "
     about += f"{length(shown)}, ratio {args['prune']:g}, seed {args['seed']}: {shown['name']}"
-    parts = [
-        "<h1>What SCAN left out, and what it cost</h1>",
-        f"<p>{html.escape(about)}</p>",
-        tiles(shown, scan),
-    ]
+    parts = [f"<h1>What SCAN left out, and what it cost</h1><p>{html.escape(about)}</p>", tiles(shown, scan)]
     parts += ['<div class="charts">']
     for name, (figure, text) in figures.items():
         out = io.BytesIO()
@@ -341,16 +316,13 @@ def draw(runs, shown, checkpoint, number):
     if differences:
         text = "Final score minus full data's, paired by seed (number of pairs), with 95 % intervals."
         figures["gaps"] = chart_of_gaps(differences, shown["measure"]), text
-    found = [r["found"] for r in shown["epochs"] if r.get("found")]
-    if len(found) > 1:
-        figures["faults"] = chart_of_faults(found), "Planted faults among the candidates, by round."
-    for kind, samples in galleries(shown["path"], checkpoint, number).items():
+    pictures = galleries(shown["path"], checkpoint, number) if scan["counts"].any() else {}
+    for name, samples in pictures.items():
         if samples:
-            name = kind.replace("_", "-")
             text = (
-                f"{TITLES[name]} Above each: in how many rounds it was marked, and the share of its batches "
+                f"{TITLES[name]} Above each: in how many rounds it was marked, and the share of its batches"
             )
-            text += "with a lower loss (mean over the epochs of full data)."
+            text += " with a lower loss (mean over the epochs of full data)."
             if any(planted for _, _, _, planted, _ in samples):
                 text += " Red frames: faults planted on purpose."
             figures[name] = chart_of_gallery(samples, scan["rounds"]), text
