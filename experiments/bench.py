@@ -374,7 +374,7 @@ def boundary_row(n, full, args):
     return f"{between:.1f} s, {memories} (seconds: {pieces})", "", NAN
 
 
-# ---------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------- ranks
 
 
 def run_train(args, *flags, ranks=1, threads=1):
@@ -388,18 +388,6 @@ def run_train(args, *flags, ranks=1, threads=1):
             raise RuntimeError(done.stderr[-2000:])
         records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [r for r in records if r["event"] == "epoch"]
-
-
-def saving_row(args):
-    """vit_b32 on the built-in pictures: share of time saved / share of samples saved."""
-    flags = "--arch vit_b32 --data shapes:512 --epochs 8 --warmup-threshold 1 --workers 1".split()
-    epochs = run_train(args, *flags, threads=args.threads)
-    full = [r for r in epochs if r["stage"] != "mutation"]
-    pace = statistics.median(r["seconds"] / r["samples"] for r in full)
-    everything = len(epochs) * full[0]["samples"]
-    samples = 1 - epochs[-1]["samples_seen"] / everything
-    seconds = 1 - sum(r["seconds"] for r in epochs) / (pace * everything)
-    return f"{seconds:.1%} of time", f"{samples:.1%} of samples", seconds / samples
 
 
 def ranks_row(arch, args):
@@ -439,7 +427,6 @@ ROWS = {
     "boundary at 10 M, mutation": ("< 1.2 s, 900 MB", None, lambda a: boundary_row(10**7, False, a)),
     "boundary at 400 M, full epoch": ("< 60 s, 5 GB", None, lambda a: boundary_row(4 * 10**8, True, a)),
     "boundary at 400 M, mutation": ("< 60 s, 5 GB", None, lambda a: boundary_row(4 * 10**8, False, a)),
-    "a run: time saved / samples saved": (">= 0.97", None, saving_row),
     "two ranks, MoCo": (">= 1", None, lambda a: ranks_row("moco_vit_tiny", a)),
     "two ranks, CLIP": (">= 1", None, lambda a: ranks_row("vit_tiny", a)),
     "GPU step vit_b32, 20 of 77": (">= 1.5", "GPU open_clip", lambda a: clip_row(20, False, a, "cuda")),
