@@ -68,20 +68,20 @@ def parse_args():
 
 def settings(method, args):
     """The flags of compare.py itself that a run of this method depends on."""
-    return {
-        "coreset": {"coreset_of": sorted(args.seeds)},
-        "proxy": {"proxy_epochs": args.proxy_epochs},
-        "dpruning": {"proxy_epochs": args.proxy_epochs},
-    }.get(method.partition(":")[0], {})
+    name = method.partition(":")[0]
+    if name == "coreset":
+        return {"coreset_of": sorted(args.seeds)}
+    return {"proxy_epochs": args.proxy_epochs} if name in ("proxy", "dpruning") else {}
 
 
 def differs(row, args, flags, wanted):
     """Say how a finished run differs from what is asked for now; None if it does not. wanted: methods."""
     if row["flags"] != flags:
         return f"runs with other flags ({shlex.join(row['flags'])})"
-    for name, value in settings(row["method"], args).items() if row["method"] in wanted else ():
-        if row.get(name, value) != value:
-            return f"{row['method']} with other flags ({name} {row[name]})"
+    if row["method"] in wanted:
+        for name, value in settings(row["method"], args).items():
+            if row.get(name, value) != value:
+                return f"{row['method']} with other flags ({name} {row[name]})"
 
 
 def needs(method, seed, seeds):
@@ -105,17 +105,19 @@ def folder(method, seed, args):
 def run(method, seed, args, flags):
     """Run one method with one seed -> its record."""
     name, _, own = method.partition(":")
-    out, program = folder(method, seed, args), [sys.executable, str(HERE.parent / "train.py")]
+    out, needed = folder(method, seed, args), needs(method, seed, args.seeds)
+    program = [HERE.parent / "train.py"]
     if variants.make(name):
-        program = [sys.executable, str(HERE / "variants.py"), name]
-    elif needed := needs(method, seed, args.seeds):
-        program = [sys.executable, str(HERE / "baselines.py"), name]
+        program = [HERE / "variants.py", name]
+    elif needed:
+        program = [HERE / "baselines.py", name]
         for flag, others in needed.items():
-            program += [flag, *(str(folder(*other, args)) for other in others)]
-    command = [*program, "--arch", "vit_tiny", *flags, *shlex.split(own)]
-    command += {"full": ["--prune", "0"], "proxy": ["--prune", "0", "--epochs", str(args.proxy_epochs)]}.get(
-        name, []
-    )
+            program += [flag, *(folder(*other, args) for other in others)]
+    command = [sys.executable, *map(str, program), "--arch", "vit_tiny", *flags, *shlex.split(own)]
+    if name in ("full", "proxy"):
+        command += ["--prune", "0"]
+    if name == "proxy":
+        command += ["--epochs", str(args.proxy_epochs)]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "printed.txt", "a") as printed:
         options = dict(stdout=printed, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -166,8 +168,10 @@ def run_all(methods, args, flags, path, done):
     """Run first what other runs are built on. Append each finished run to `path` at once."""
     wanted = [(method, seed) for seed in args.seeds for method in methods]
     needed = {key: needs(*key, args.seeds) for key in wanted}
-    first = [other for flags_of in needed.values() for others in flags_of.values() for other in others]
-    first += [key for key in wanted if not needed[key]]
+    first = [key for key in wanted if not needed[key]]
+    for runs in needed.values():
+        for others in runs.values():
+            first += others
     for stage in (first, wanted):
         todo = [key for key in dict.fromkeys(stage) if key not in done]
         with ThreadPoolExecutor(args.jobs) as pool:
