@@ -1,19 +1,20 @@
-"""SCAN beside full data and the baselines, over several seeds: one table.
+"""Compare SCAN with full data and the baselines over several seeds: one table.
 
     python experiments/compare.py --jobs 3                                # shapes: full, scan, rs2; 5 seeds
     python experiments/compare.py --data 'emoji/train-*.tar' --val-data emoji/val-00000.tar --epochs 16 \\
         --mismatch 0.15 --methods full scan rs2 random infobatch semdedup dpruning once same-budget
-    python experiments/compare.py --methods full scan rs2 'scan:--prune 0.5' 'rs2:--prune 0.5'
+    python experiments/compare.py --methods full 'full:--epochs 40' scan 'scan:--prune 0.5' 'rs2:--prune 0.5'
     python experiments/compare.py --arch moco_vit_tiny --prune 0.35       # kNN; then see probe.py
 
-Each needs an --out of its own. A method is full, scan, or one of baselines.py's or variants.py's, and may
-have flags of its own behind a colon. Other flags go to train.py, for all methods. Each run is one process of
-one thread (and train.py's loading processes: --workers 0 for none), in a folder of its own, and one line of
-results.jsonl. The same command goes on where it stopped.
+Use one --out per comparison. A method is full, scan, or a name from baselines.py or variants.py; flags behind
+a colon are for this method alone, all other flags go to train.py for every method. Each run is one process
+with one thread (and train.py's loading processes; --workers 0: none), has its own folder, and becomes one
+line of results.jsonl. The same command continues where it stopped.
 
-A baseline spends what SCAN with the same flags and seed spent, so SCAN is run for it too; SemDeDup needs the
-full-data run, D-Pruning a short one, and a coreset SCAN with all seeds: not counted among their samples and
-seconds. The difference to RS2 is given for those that saw as many samples as it, within 2 %.
+A baseline spends what SCAN with the same flags and seed spent, so SCAN is run for it too. SemDeDup also needs
+the full-data run, D-Pruning a short run, and a coreset the SCAN runs of all seeds; their samples and seconds
+are not counted. A difference is taken from the method with the same flags if that was run, otherwise from the
+one without flags; the difference to RS2 only if both saw equally many samples, within 2 %.
 """
 
 import argparse
@@ -35,7 +36,8 @@ import variants  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 
-# balanced: the mean over classes, which is top-1 where all classes are equally frequent
+# what `score` is: the mean of the first group of names that a run's evaluation has.
+# balanced: mean over classes; equals top-1 if all classes are equally frequent
 SCORES = {("balanced",): "balanced accuracy", ("top1",): "top-1", ("i2t_r1", "t2i_r1"): "mean R@1"}
 # Student's t, 97.5 %, for 1, 2, ... 30 degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -50,6 +52,7 @@ def parse_args():
     parser.add_argument("--seeds", type=evaluation.count, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=evaluation.natural, default=1, help="runs at a time")
     parser.add_argument("--proxy-epochs", type=evaluation.natural, default=4, help="of D-Pruning's short run")
+    parser.add_argument("--measure", help="score of the table, such as top1 (default: balanced or mean R@1)")
     parser.add_argument("--show", action="store_true", help="print what is finished, run nothing")
     args, flags = parser.parse_known_args()
     for method in args.methods:
@@ -64,25 +67,25 @@ def parse_args():
 
 
 def settings(method, args):
-    """What of compare.py's own flags a run of this method depends on."""
-    return {
-        "coreset": {"coreset_of": sorted(args.seeds)},
-        "proxy": {"proxy_epochs": args.proxy_epochs},
-        "dpruning": {"proxy_epochs": args.proxy_epochs},
-    }.get(method.partition(":")[0], {})
+    """The flags of compare.py itself that a run of this method depends on."""
+    name = method.partition(":")[0]
+    if name == "coreset":
+        return {"coreset_of": sorted(args.seeds)}
+    return {"proxy_epochs": args.proxy_epochs} if name in ("proxy", "dpruning") else {}
 
 
 def differs(row, args, flags, wanted):
-    """How a finished run, if it is `wanted`, was made otherwise than is asked now; None if it was not."""
+    """Say how a finished run differs from what is asked for now; None if it does not. wanted: methods."""
     if row["flags"] != flags:
         return f"runs with other flags ({shlex.join(row['flags'])})"
-    for name, value in settings(row["method"], args).items() if row["method"] in wanted else ():
-        if row.get(name, value) != value:
-            return f"{row['method']} with other flags ({name} {row[name]})"
+    if row["method"] in wanted:
+        for name, value in settings(row["method"], args).items():
+            if row.get(name, value) != value:
+                return f"{row['method']} with other flags ({name} {row[name]})"
 
 
 def needs(method, seed, seeds):
-    """-> by flag of baselines.py: the runs, as (method, seed), that this one is built on."""
+    """-> {flag of baselines.py: [(method, seed) of each run that this one is built on]}."""
     name, _, own = method.partition(":")
     if name in ("full", "scan", "proxy") or variants.make(name):
         return {}
@@ -102,17 +105,19 @@ def folder(method, seed, args):
 def run(method, seed, args, flags):
     """Run one method with one seed -> its record."""
     name, _, own = method.partition(":")
-    out, program = folder(method, seed, args), [sys.executable, str(HERE.parent / "train.py")]
+    out, needed = folder(method, seed, args), needs(method, seed, args.seeds)
+    program = [HERE.parent / "train.py"]
     if variants.make(name):
-        program = [sys.executable, str(HERE / "variants.py"), name]
-    elif needed := needs(method, seed, args.seeds):
-        program = [sys.executable, str(HERE / "baselines.py"), name]
+        program = [HERE / "variants.py", name]
+    elif needed:
+        program = [HERE / "baselines.py", name]
         for flag, others in needed.items():
-            program += [flag, *(str(folder(*other, args)) for other in others)]
-    command = [*program, "--arch", "vit_tiny", *flags, *shlex.split(own)]
-    command += {"full": ["--prune", "0"], "proxy": ["--prune", "0", "--epochs", str(args.proxy_epochs)]}.get(
-        name, []
-    )
+            program += [flag, *(folder(*other, args) for other in others)]
+    command = [sys.executable, *map(str, program), "--arch", "vit_tiny", *flags, *shlex.split(own)]
+    if name in ("full", "proxy"):
+        command += ["--prune", "0"]
+    if name == "proxy":
+        command += ["--epochs", str(args.proxy_epochs)]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "printed.txt", "a") as printed:
         options = dict(stdout=printed, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -124,7 +129,7 @@ def run(method, seed, args, flags):
 
 
 def summary(out):
-    """Of a finished run, from its log."""
+    """Read a finished run's log -> scores, samples, seconds."""
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     epochs = [r for r in records if r["event"] == "epoch"]
     if len(epochs) < json.loads((out / "config.json").read_text())["epochs"]:
@@ -137,6 +142,7 @@ def summary(out):
     return {
         "measure": SCORES[names],
         "score": statistics.mean(final[name] for name in names),
+        "scores": shares_of(final),
         "samples": epochs[-1]["samples_seen"],
         "seconds": round(sum(r["seconds"] for r in epochs), 1),
         "epochs": len(epochs),
@@ -144,12 +150,28 @@ def summary(out):
     }
 
 
+def shares_of(record):
+    """All shares of a record of the log: top1, top5, balanced, i2t_r1, ..."""
+    return {name: value for name, value in record.items() if isinstance(value, float)}
+
+
+def complete(row, args):
+    """Add `scores` to a row that was written without it, from the run's log if that is still there."""
+    path = folder(row["method"], row["seed"], args) / "log.jsonl"
+    if "scores" in row or not path.exists():
+        return row
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return row | {"scores": shares_of([r for r in records if r["event"] == "eval"][-1])}
+
+
 def run_all(methods, args, flags, path, done):
-    """Those that others are built on first. Each finished run is written down at once."""
+    """Run first what other runs are built on. Append each finished run to `path` at once."""
     wanted = [(method, seed) for seed in args.seeds for method in methods]
     needed = {key: needs(*key, args.seeds) for key in wanted}
-    first = [other for flags_of in needed.values() for others in flags_of.values() for other in others]
-    first += [key for key in wanted if not needed[key]]
+    first = [key for key in wanted if not needed[key]]
+    for runs in needed.values():
+        for others in runs.values():
+            first += others
     for stage in (first, wanted):
         todo = [key for key in dict.fromkeys(stage) if key not in done]
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -180,35 +202,40 @@ def interval(values):
 def paired(method, against, done, seeds):
     """Mean difference of the scores over the seeds that both have, ± half its 95 % interval."""
     name, _, own = method.partition(":")
-    if name == against:
-        return "–"
-    same = f"{against}:{own}"  # the one with the same flags, if it was run
-    other = same if any((same, seed) in done for seed in seeds) else against
+    other = f"{against}:{own}"  # the one with the same flags, if it was run
+    if name == against or not any((other, seed) in done for seed in seeds):
+        other = against
     both = [seed for seed in seeds if {(method, seed), (other, seed)} <= done.keys()]
-    if len(both) < 2:
+    if method == against or len(both) < 2:
         return "–"
-    mine, its = (sum(done[key, seed]["samples"] for seed in both) for key in (method, other))
-    if against == "rs2" and abs(mine - its) > 0.02 * its:
+    samples = sum(done[method, seed]["samples"] for seed in both)
+    its_samples = sum(done[other, seed]["samples"] for seed in both)
+    if against == "rs2" and abs(samples - its_samples) > 0.02 * its_samples:
         return "–"
     gap, half = interval([done[method, seed]["score"] - done[other, seed]["score"] for seed in both])
     return f"{gap:+.3f} ± {half:.3f}"
 
 
 def table(methods, done, seeds):
-    measure = next(iter(done.values()))["measure"]
+    rows = list(done.values())
+    more = [name for name in ("top1", "top5") if all(name in row.get("scores", {}) for row in rows)]
     finders = [m for m in methods if m.startswith("scan") or variants.make(m.partition(":")[0])]
-    lines = [f"| method | {measure} | samples | seconds | − full data | − RS2 | mismatches found | seeds |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    columns = ["method", rows[0]["measure"], *more, "samples", "seconds", "− full data", "− RS2"]
+    columns += ["mismatches found", "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in methods:
         rows = [done[method, seed] for seed in seeds if (method, seed) in done]
-        if rows:
-            scores, samples, seconds = ([row[key] for row in rows] for key in ("score", "samples", "seconds"))
-            found = [statistics.mean(row["mismatches_found"]) for row in rows if row["mismatches_found"]]
-            found = mean_and_spread(found, ".2f") if found and method in finders else "–"
-            gaps = [paired(method, other, done, seeds) for other in ("full", "rs2")]
-            cells = [method, mean_and_spread(scores, ".3f"), f"{statistics.mean(samples):,.0f}"]
-            cells += [mean_and_spread(seconds, ".0f"), *gaps, found, str(len(rows))]
-            lines += [f"| {' | '.join(cells)} |"]
+        if not rows:
+            continue
+        cells = [method, mean_and_spread([row["score"] for row in rows], ".3f")]
+        for name in more:
+            cells += [mean_and_spread([row["scores"][name] for row in rows], ".3f")]
+        cells += [f"{statistics.mean(row['samples'] for row in rows):,.0f}"]
+        cells += [mean_and_spread([row["seconds"] for row in rows], ".0f")]
+        cells += [paired(method, "full", done, seeds), paired(method, "rs2", done, seeds)]
+        found = [statistics.mean(row["mismatches_found"]) for row in rows if row["mismatches_found"]]
+        cells += [mean_and_spread(found, ".2f") if found and method in finders else "–", str(len(rows))]
+        lines += [f"| {' | '.join(cells)} |"]
     return "\n".join(lines)
 
 
@@ -219,18 +246,25 @@ def main():
     if args.show and not rows:
         sys.exit(f"compare.py: nothing is finished in {args.out}")
     wanted = {*args.methods} | {"proxy" for method in args.methods if method.startswith("dpruning")}
-    for row in [] if args.show else rows:
-        if difference := differs(row, args, flags, wanted):
+    for row in rows:
+        difference = differs(row, args, flags, wanted)
+        if difference and not args.show:
             sys.exit(f"compare.py: {path} has {difference}: choose another --out")
-    done = {(row["method"], row["seed"]): row for row in rows}
+    done = {(row["method"], row["seed"]): complete(row, args) for row in rows}
     if not args.show:
         args.out.mkdir(parents=True, exist_ok=True)
         try:
             run_all(args.methods, args, flags, path, done)
         except RuntimeError as error:
             sys.exit(f"compare.py: {error}")
-    if done:
-        print(table(args.methods, done, args.seeds))
+    if args.measure:
+        for row in done.values():
+            if args.measure not in row.get("scores", {}):
+                sys.exit(
+                    f"compare.py: --measure: {row['method']}, seed {row['seed']} has no {args.measure!r}"
+                )
+            row |= {"measure": args.measure, "score": row["scores"][args.measure]}
+    print(table(args.methods, done, args.seeds))
 
 
 if __name__ == "__main__":

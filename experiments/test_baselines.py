@@ -173,6 +173,44 @@ def test_compare_pairs_seeds_by_students_t():
     assert compare.paired("scan:--prune 0.5", "rs2", rows, range(3)) == "–"  # which saw fewer samples
 
 
+def test_compare_pairs_full_data_in_fewer_epochs_with_full_data():
+    rows = {("full", k): {"score": 0.5 + k / 100, "samples": 100} for k in range(3)}
+    rows |= {("full:--epochs 7", k): {"score": 0.45 + k / 100, "samples": 70} for k in range(3)}
+    assert compare.paired("full:--epochs 7", "full", rows, range(3)) == "-0.050 ± 0.000"
+    assert compare.paired("full", "full", rows, range(3)) == "–"
+
+
+def test_compare_shows_top_1_and_top_5_of_rows_of_either_age(tmp_path, monkeypatch, capsys):
+    final = [dict(top1=0.25, top5=0.5, balanced=0.125, n=8), dict(top1=0.75, top5=1.0, balanced=0.375, n=8)]
+    for seed, shares in enumerate(final):
+        out = tmp_path / f"full-seed{seed}"
+        out.mkdir()
+        (out / "config.json").write_text('{"epochs": 1}')
+        epoch = dict(event="epoch", samples_seen=9, seconds=1.0)
+        records = [epoch, dict(event="eval", **{name: 0.0 for name in shares}), dict(event="eval", **shares)]
+        (out / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    rows = [
+        dict(method="full", seed=k, flags=[]) | compare.summary(tmp_path / f"full-seed{k}") for k in (0, 1)
+    ]
+    assert [row["score"] for row in rows] == [0.125, 0.375]
+    del rows[0]["scores"]  # written by an earlier version
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["compare.py", "--out", str(tmp_path), "--methods", "full", "--seeds", "0", "1", "--show"]
+    for measure, cell in (
+        ("balanced", "0.250 ± 0.177"),
+        ("top1", "0.500 ± 0.354"),
+        ("top5", "0.750 ± 0.354"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*flags, "--measure", measure])
+        compare.main()
+        head, _, line = capsys.readouterr().out.splitlines()
+        assert head.startswith(f"| method | {measure} | top1 | top5 | samples |")
+        assert line.startswith(f"| full | {cell} | 0.500 ± 0.354 | 0.750 ± 0.354 | 9 |")
+    monkeypatch.setattr(sys, "argv", [*flags, "--measure", "i2t_r1"])
+    with pytest.raises(SystemExit, match="has no 'i2t_r1'"):
+        compare.main()
+
+
 def test_compare_knows_what_each_run_is_built_on():
     assert compare.needs("full", 1, [0, 1]) == compare.needs("rank64:--t-cos 2", 1, [0, 1]) == {}
     assert compare.needs("rs2:--t-cos 2", 1, [0, 1]) == {"--scan-run": [("scan:--t-cos 2", 1)]}
@@ -405,3 +443,59 @@ def test_overlap_of_rounds_comes_from_counts_alone():
     same, chance = report.overlap({"counts": rounds.sum(0), "rounds": 4})
     assert same == pytest.approx(shared / (2 * size - shared))
     assert chance == pytest.approx(size / (100 - size))
+
+
+def write_run(folder, data="shapes:64", epochs=4, done=2, seconds=3.0):
+    """Write the log and configuration of a run of train.py -> its folder."""
+    folder.mkdir()
+    flags = ["--arch", "vit_tiny", "--data", data, "--epochs", str(epochs), "--seed", folder.name[-1]]
+    (folder / "config.json").write_text(json.dumps(vars(train.parse_args(flags))))
+    records = []
+    for epoch in range(done):
+        stage = {0: "warm-up", 1: "preparation"}.get(epoch, "mutation")
+        epoch_record = dict(
+            event="epoch", epoch=epoch, stage=stage, kept=64, total=64, loss=2.0, candidates=9
+        )
+        records += [epoch_record | dict(samples=64, samples_seen=64 * (epoch + 1), seconds=seconds)]
+        records += [dict(event="eval", epoch=epoch, top1=0.5, top5=0.75, balanced=(epoch + 1) / 8, n=64)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+@pytest.fixture
+def report(monkeypatch):
+    report = pytest.importorskip("report")  # needs matplotlib
+    scan = Scan(64, 0.25)
+    scan.first_preparation = 0
+    play(scan, 1, 16, skewed_losses(64))
+    args = vars(train.parse_args(["--arch", "vit_tiny", "--data", "shapes:64"]))
+    checkpoint = {"scan": scan.state_dict(), "args": args, "tokenizer": "hashed words"}
+    monkeypatch.setattr(report.evaluation, "load_checkpoint", lambda path: checkpoint)
+    return report
+
+
+def test_report_goes_to_the_folder_of_an_unfinished_run(report, tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "scan-seed0")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--figures", str(tmp_path / "figures")])
+    report.main()
+    assert capsys.readouterr().out == f"{run}/report.html: 1 run, scan-seed0 in detail\n"
+    page = (run / "report.html").read_text()
+    assert (
+        page.count("unfinished: 2 of 4 epochs") == 2
+        and "25.0%</b><span>balanced accuracy after epoch 1" in page
+    )
+    assert "training time" not in page  # 6 seconds say nothing
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"epochs", "scores", "redundant", "ill-matched"} and page.count("<figure") == 4
+
+
+def test_report_compares_scores_of_finished_runs_on_the_same_data_alone(report, tmp_path):
+    runs = [write_run(tmp_path / f"{method}-seed{k}", done=4) for method in ("full", "scan") for k in (0, 1)]
+    runs += [write_run(tmp_path / f"rs2-seed{k}", done=3 - k) for k in (0, 1)]
+    runs += [write_run(tmp_path / f"once-seed{k}", data="shapes:32", done=4) for k in (0, 1)]
+    runs = [report.read(run) for run in runs]
+    same = [run for run in runs if report.comparable(run, runs[0])]
+    assert {run["method"] for run in same} == {"full", "scan", "rs2"}
+    assert report.gaps(same) == {"scan (2)": (0.0, 0.0)}  # rs2 is not finished
+    for number, words in ((0, "0 rounds"), (1, "1 round"), (2000, "2,000 rounds")):
+        assert report.plural(number, "round") == words

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Two "nodes" on one machine: two torchrun agents, one rendezvous. One is killed; the same commands go on.
+# Two "nodes" on one machine: two torchrun agents, one rendezvous. Kill one, then give the same commands again.
 #   bash experiments/two_nodes.sh OUT [flags of train.py]
 set -u
 out=$1
 shift
 mkdir -p "$out"
-node() {  # number; the rest goes to train.py
+node() {  # number of the node, flags of train.py. Node 0 hosts the store, so that it outlives node 1.
     OMP_NUM_THREADS=1 exec python -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_id nodes \
-        --rdzv_backend c10d --rdzv_endpoint localhost:29571 --local_addr localhost \
+        --rdzv_backend c10d --rdzv_endpoint localhost:29571 --rdzv_conf "is_host=$((1 - $1))" \
+        --local_addr localhost \
         train.py --arch vit_tiny --data shapes:512 --epochs 6 --workers 0 --out "$out/run" "${@:2}" \
         >> "$out/node$1.log" 2>&1
 }
