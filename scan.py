@@ -36,7 +36,7 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 # ---------------------------------------------------------------- Eq. 1: one InfoNCE loss per sample
 
@@ -103,7 +103,7 @@ class _BlockedLoss(torch.autograd.Function):
 
 
 class _AllGather(torch.autograd.Function):
-    """Concatenate a tensor of all ranks, with gradient: the backward pass sums what every rank sent back."""
+    """Concatenate a tensor of all ranks, with gradient: the backward pass sums the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx, x):
@@ -111,23 +111,18 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        world, grad = dist.get_world_size(), grad.contiguous()
-        if grad.is_cuda:  # gloo has no reduce-scatter
-            mine = grad.new_empty(len(grad) // world, *grad.shape[1:])
-            dist.reduce_scatter_tensor(mine, grad)
-            return mine
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad.chunk(world)[dist.get_rank()]
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def _gather(x):
     """(b, ...) on each of W ranks -> (W b, ...), in the order of the ranks; without gradient."""
     if not _distributed():
         return x
-    out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def _distributed():
@@ -180,7 +175,8 @@ def select_candidates(loss_a, loss_b, rho_red, rho_ill, generator=None):
 def _check_ratios(rho_red, rho_ill):
     if not (rho_red >= 0 and rho_ill >= 0 and rho_red + rho_ill <= 1):
         raise ValueError(
-            f"ratios must be >= 0 and sum to at most 1, got redundant {rho_red}, ill-matched {rho_ill}"
+            "prune must be at least 0 and at most 0.5 (redundant + ill-matched at most 1), got "
+            f"redundant {rho_red}, ill-matched {rho_ill}"
         )
 
 
@@ -265,6 +261,10 @@ class Scan:
         self.epoch, self.open, self.step = None, False, 0  # open: between begin_epoch and end_epoch
         self._begun = False  # whether kept_mask is of this epoch: a state does not hold it
         self.observed, self.batch = 0, 0  # samples of this epoch so far; the newest global batch
+        self._seen = torch.zeros(
+            num_samples, dtype=torch.bool
+        )  # ids observed in this epoch, or since a resume
+        self._unseen = 0  # samples of this epoch that were observed before a resume: a state has no mask
         self.first_preparation = None  # epoch; None until warmed up
         self.full_epochs, self.rounds = 0, 0  # epochs of full data begun, rounds of candidates found
         self.loss = math.nan
@@ -317,6 +317,8 @@ class Scan:
             self.epoch, self.open, self.step, self.observed = epoch, True, 0, 0
             self.loss_sum.zero_()
             self.loss_count.zero_()
+            self._seen.zero_()
+            self._unseen = 0
             self.full_epochs += self.stage != "mutation"
             if self.stage == "preparation":  # all data have grown back; candidates are found anew
                 self._marked.zero_()
@@ -350,6 +352,7 @@ class Scan:
         """
         if not self.open:
             raise RuntimeError("observe() outside an epoch: call begin_epoch() first")
+        ids = torch.as_tensor(ids)
         if loss_a.ndim != 1 or loss_a.shape != loss_b.shape or ids.shape != loss_a.shape:
             raise ValueError(
                 "observe() needs one loss per sample and direction, shape (batch,), as info_nce returns; got "
@@ -362,12 +365,12 @@ class Scan:
             if low < 0 or high >= self.num_samples:
                 raise ValueError(f"ids must lie in 0..{self.num_samples - 1}, got {low}..{high}")
         losses = torch.stack([loss_a, loss_b], 1).float()
-        losses = losses.cpu() if losses.device.type == "mps" else losses  # which has no float64
         device = losses.device
         self._to(device)
         ids = _gather(ids.to(device, non_blocking=True))  # (B,)
         loss_a, loss_b = _gather(losses).unbind(1)  # (B,) each
 
+        self._seen.index_fill_(0, ids, True)
         mean = (loss_a.double() + loss_b.double()) / 2
         finite = mean.isfinite()
         self.loss_sum += mean.where(finite, 0.0).sum()
@@ -398,12 +401,7 @@ class Scan:
         if not self.open:
             raise RuntimeError("end_epoch() without begin_epoch()")
         self.open = False
-        if abs(self.num_kept - self.observed) >= max(self.batch, 1):
-            warnings.warn(
-                f"epoch {self.epoch} kept {self.num_kept:,} samples, and observed {self.observed:,}: does "
-                "observe() see every step, and does the loader deal out ScanSampler's batches as they are?",
-                stacklevel=2,
-            )
+        self._check_ids()
         previous, self.loss = self.loss, (self.loss_sum / self.loss_count).item()
         # The first epoch has no predecessor (its "previous" is nan, which compares false).
         if self.first_preparation is None and warmed_up(previous, self.loss, self.threshold, self.rule):
@@ -413,6 +411,37 @@ class Scan:
             self.counts += (self.redundant | self.ill_matched).cpu()
             self.ill_counts += self.ill_matched.cpu()
             self.rounds += 1
+
+    def _check_ids(self):
+        """Warn if the samples observed in this epoch are not those that it kept.
+
+        A dataset may replace samples that it cannot read, so a few wrong ids are no reason to warn: up to 1 %
+        of the data, or fewer than one per batch.
+        """
+        counted = self.observed - self._unseen
+        different = int(self._seen.count_nonzero())
+        repeated = counted - different
+        left_out = different - int((self._seen & self.kept_mask.to(self._seen.device)).count_nonzero())
+        wrong = repeated + left_out
+        if wrong > 0.01 * self.num_samples and wrong * self.batch >= counted:
+            if repeated > left_out:
+                cause = (
+                    f", of which {repeated:,} repeat an id: observe each sample once, by its position in the "
+                )
+                cause += "whole dataset (WithIds around a ConcatDataset), with one Scan seed on all ranks"
+            else:
+                cause = f", of which {left_out:,} were left out of this epoch: iterate over the loader after "
+                cause += (
+                    "each set_epoch(), and observe positions in the whole dataset (WithIds around a Subset)"
+                )
+        elif abs(self.num_kept - self.observed) >= max(self.batch, 1):
+            cause = (
+                ": does observe() see every step, and does the loader use ScanSampler's batches unchanged?"
+            )
+        else:
+            return
+        counts = f"epoch {self.epoch} kept {self.num_kept:,} samples, and observed {self.observed:,}"
+        warnings.warn(counts + cause, stacklevel=3)
 
     _settings = ("num_samples", "rho_red", "rho_ill", "t_cos", "threshold", "rule", "seed")
     _progress = ("stage", "epoch", "open", "step", "observed", "batch", "first_preparation", "full_epochs")
@@ -425,20 +454,31 @@ class Scan:
         return state | {name: getattr(self, name).to("cpu", copy=True) for name in self._tensors}
 
     def load_state_dict(self, state):
-        """Go on from `state_dict()`. The settings stay those of this object."""
-        if state["num_samples"] != self.num_samples:
-            raise ValueError(
-                f"this state is of {state['num_samples']} samples, the dataset has {self.num_samples}"
-            )
+        """Continue from `state_dict()`. A state of other settings is refused, since its draws would differ.
+
+        To change one on purpose at the end of an epoch: `load_state_dict(state | {"t_cos": scan.t_cos})`.
+        """
+        differing = [name for name in self._settings if state[name] != getattr(self, name)]
+        if differing:
+            texts = [f"{name} {state[name]} (here {getattr(self, name)})" for name in differing]
+            raise ValueError(f"this state has other settings: {', '.join(texts)}")
         for name in self._progress:
             setattr(self, name, state[name])
         for name in self._tensors:
             getattr(self, name).copy_(state[name])
         self._begun = False
+        self._seen.zero_()
+        self._unseen = self.observed
 
     def _to(self, device):
         if self.loss_sum.device != device:
-            watching = "loss_sum", "loss_count", "quantile", "_marked"  # the rest is only needed on the CPU
+            watching = (
+                "loss_sum",
+                "loss_count",
+                "quantile",
+                "_marked",
+                "_seen",
+            )  # the rest is only needed on the CPU
             for name in watching:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
@@ -501,7 +541,8 @@ class WithIds(Dataset):
     """Any map-style dataset, with ids: items are (id, item), so that `for ids, (images, texts) in loader`."""
 
     def __init__(self, dataset):
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not is_map_style or isinstance(dataset, IterableDataset):
             raise TypeError(
                 "SCAN prunes by position: it needs a map-style dataset, with __len__ and __getitem__"
             )
@@ -552,7 +593,7 @@ class ScanSampler:
             self.epoch, self.start = self.scan.epoch, self.scan.observed // self.global_batch_size
 
     def __len__(self):
-        return self.scan.num_kept // self.global_batch_size - self.start
+        return self.scan.num_kept // self.global_batch_size
 
     def __iter__(self):
         if self.epoch is None or not self.scan.open:

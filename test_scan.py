@@ -274,7 +274,7 @@ def test_a_sampler_of_micro_batches_goes_on_in_mid_epoch():
     other.load_state_dict(scan.state_dict())
     sampler = ScanSampler(other, 8)
     sampler.set_epoch(0)
-    assert list(sampler) == dealt[12:] and len(sampler) == 13
+    assert list(sampler) == dealt[12:] and len(sampler) == 25  # of the whole epoch
 
 
 def test_a_state_may_be_loaded_after_the_sampler_began(tmp_path):
@@ -298,7 +298,7 @@ def test_a_state_may_be_loaded_after_the_sampler_began(tmp_path):
             later.set_epoch(4)
         other.load_state_dict(one.state_dict())
         later.set_epoch(4)
-        assert other.kept.equal(one.kept) and len(later) == len(dealt) - 3
+        assert other.kept.equal(one.kept) and len(later) == len(dealt)
         assert list(later) == [ids.tolist() for ids in dealt[3:]]
 
 
@@ -348,8 +348,6 @@ def test_wrong_use_of_scan_is_said_clearly():
             scan.observe(wrong, losses, losses)
     with pytest.raises(ValueError, match="int64"):
         scan.observe(ids.float(), losses, losses)
-    with pytest.raises(ValueError, match="10 samples"):
-        Scan(11).load_state_dict(scan.state_dict())
     with pytest.raises(ValueError, match="has not ended"):
         scan.begin_epoch(1)
     scan.observe(ids, losses, losses)
@@ -429,7 +427,7 @@ def test_a_resumed_epoch_starts_after_the_steps_that_were_observed():
     resumed.load_state_dict(scan.state_dict())
     again = ScanSampler(resumed, 8)
     again.set_epoch()  # the one that is open
-    assert len(again) == 5 and list(again) == whole[3:]
+    assert len(again) == 8 and list(again) == whole[3:]
     for ids in whole[3:]:
         scan.observe(torch.tensor(ids), torch.ones(8), torch.ones(8))
     scan.end_epoch()
@@ -471,8 +469,17 @@ def test_with_ids_gives_the_position_beside_the_item():
     loader = torch.utils.data.DataLoader(WithIds(items), batch_size=5)
     ids, (images, labels) = next(iter(loader))
     assert ids.tolist() == [0, 1, 2, 3, 4] and images.shape == (5, 2) and labels.tolist() == [0, 1, 2, 0, 1]
-    with pytest.raises(TypeError, match="map-style"):
-        WithIds(iter(items))
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 10
+
+        def __iter__(self):
+            return iter(items)
+
+    for no_positions in (iter(items), Stream()):
+        with pytest.raises(TypeError, match="map-style"):
+            WithIds(no_positions)
 
 
 def test_watch_observes_both_directions_and_leaves_gradients_alone():
@@ -617,31 +624,6 @@ def test_info_nce_on_ranks_is_the_formula(tmp_path, world):
         torch.testing.assert_close(result.double(), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_gathered_gradients_are_reduced_and_scattered_by_nccl(monkeypatch):
-    """Without a GPU: a tensor that says it is on one, and a reduce-scatter by hand."""
-
-    class OnGPU(torch.Tensor):
-        is_cuda = True
-
-    grads = torch.randn(3, 6, 4)  # of three ranks, each for the six gathered rows
-    asked = []
-
-    def reduce_scatter(out, whole):
-        assert whole.is_contiguous() and out.shape == (2, 4)
-        asked.append(whole)
-        out.copy_(grads.sum(0)[2:4])  # rank 1's
-
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
-    monkeypatch.setattr(
-        dist, "all_reduce", lambda x: pytest.fail("an all-reduce carries three times as much")
-    )
-    mine = scan_module._AllGather.backward(None, grads[1].T.contiguous().T.as_subclass(OnGPU))
-    torch.testing.assert_close(asked[0].as_subclass(torch.Tensor), grads[1])
-    torch.testing.assert_close(mine.as_subclass(torch.Tensor), grads.sum(0)[2:4])
-
-
 def clip_step(rank, world):
     """Losses and DDP-averaged gradients of one global batch of 8."""
     torch.manual_seed(0)
@@ -698,62 +680,153 @@ def test_ranks_equal_one_process(world, tmp_path):
 
 # ---------------------------------------------------------------- scan.py: traps of a foreign loop
 
-# Each must be announced, or be none.
+# Each mistake must trigger a warning that names its cause, and no right loop may.
 
 
-def toy_loop(epochs, prune=0.3, shuffle=False, observes=True, size=64, batch=16):
-    """A loop whose losses are the ids, with a mistake of choice -> samples used in each epoch."""
+def toy_loop(epochs=4, prune=0.3, size=64, batch=16, make_loader=None, ids_of=lambda ids: ids):
+    """A loop whose losses are the positions -> its Scan, and what each epoch kept and observed.
+
+    make_loader(dataset, sampler): the loader. ids_of(positions): the ids that are observed, or None.
+    """
     dataset = WithIds(TensorDataset(torch.arange(size)))
-    scan, used = Scan(size, prune), []
+    scan, kept, observed = Scan(size, prune), [], []
     sampler = ScanSampler(scan, batch)
-    loader = DataLoader(dataset, batch_sampler=sampler)
-    if shuffle:
-        loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
+    loader = make_loader(dataset, sampler) if make_loader else DataLoader(dataset, batch_sampler=sampler)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
-        used.append(0)
-        for ids, _ in loader:
-            used[-1] += len(ids)
-            if observes:
-                scan.observe(ids, ids.float(), ids.float())
+        kept.append(scan.kept.tolist())
+        observed.append([])
+        for ids, (positions,) in loader:
+            ids = ids_of(ids)
+            if ids is not None:
+                observed[-1] += ids.tolist()
+                scan.observe(ids, positions.float(), positions.float())
         scan.end_epoch()
-    return used
+    return kept, observed
 
 
-def test_a_right_loop_warns_of_nothing():
-    """... although up to a batch less one of the kept samples fill no batch, or none are kept at all."""
+@pytest.mark.parametrize(
+    "options, sizes",
+    [
+        (dict(epochs=7), [64, 64, 64, 48, 32, 32, 64]),
+        (dict(epochs=6, prune=0.5), [64, 64, 64, 48, 16, 0]),  # an epoch may keep nothing
+        (dict(epochs=3, size=79), [64] * 3),  # 15 samples fill no batch
+        (dict(epochs=3, size=200, batch=20, ids_of=lambda ids: ids.where(ids > 5, 6)), [200] * 3),
+        (dict(epochs=4, size=1000, batch=250, ids_of=lambda ids: ids.where(ids > 9, 10)), [1000] * 3 + [750]),
+    ],
+)
+def test_a_right_loop_warns_of_nothing(options, sizes):
+    """The last two replace samples that cannot be read: fewer than one per batch, and 1 %."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert toy_loop(7) == [64, 64, 64, 48, 32, 32, 64]
-        assert toy_loop(6, prune=0.5) == [64, 64, 64, 48, 16, 0]
-        assert toy_loop(3, size=79) == [64] * 3
+        assert [len(ids) for ids in toy_loop(**options)[1]] == sizes
 
 
-def test_a_forgotten_observe_is_announced_after_the_first_epoch():
-    with pytest.warns(UserWarning, match="epoch 0 kept 64 samples, and observed 0"):
-        toy_loop(1, observes=False)
+def concatenated(dataset, sampler):
+    halves = [WithIds(TensorDataset(part)) for part in dataset.dataset.tensors[0].split(32)]
+    return DataLoader(torch.utils.data.ConcatDataset(halves), batch_sampler=sampler)
 
 
-def test_a_loader_that_the_kept_ids_never_reach_is_announced_when_it_matters():
+def shuffled_subset(dataset, sampler):
+    subset = torch.utils.data.Subset(dataset, torch.randperm(64, generator=generator()).tolist())
+    return DataLoader(subset, batch_sampler=sampler)
+
+
+class OldBatches:
+    """A loader that goes on dealing what its first epoch kept."""
+
+    def __init__(self, dataset, sampler):
+        self.loader, self.batches = DataLoader(dataset, batch_sampler=sampler), None
+
+    def __iter__(self):
+        self.batches = self.batches or list(self.loader)
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    "mistake, epoch, cause",
+    [
+        (dict(ids_of=lambda ids: ids % 10), 0, "repeat"),  # labels
+        (dict(ids_of=lambda ids: torch.arange(len(ids))), 0, "repeat"),
+        (dict(ids_of=lambda ids: ids[[0, 0, *range(2, 16)]]), 0, "repeat"),
+        (dict(size=1000, batch=250, ids_of=lambda ids: ids.where(ids > 10, 11)), 0, "repeat"),  # 1.1 %
+        (dict(make_loader=concatenated), 0, "repeat"),
+        (dict(make_loader=shuffled_subset), 3, "left out"),
+        (dict(make_loader=OldBatches), 3, "left out"),
+        (dict(make_loader=lambda d, s: DataLoader(d, 8, shuffle=True)), 3, "left out"),
+        (dict(ids_of=lambda ids: None), 0, "every step"),
+        (dict(make_loader=lambda d, s: list(DataLoader(d, 16))[::2]), 0, "every step"),  # sharded again
+    ],
+)
+def test_a_foreign_loops_mistake_is_announced_with_its_cause(mistake, epoch, cause):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        toy_loop(3, shuffle=True, batch=8)  # full data: nothing is wrong yet
-    with pytest.warns(UserWarning, match="epoch 3 kept 56 samples, and observed 64"):
-        toy_loop(4, shuffle=True, batch=8)
+        toy_loop(epoch, **mistake)  # not before it matters
+    with pytest.warns(UserWarning) as said:
+        kept, observed = toy_loop(epoch + 1, **mistake)
+    kept, observed = kept[-1], observed[-1]
+    repeated, left_out = len(observed) - len(set(observed)), len(set(observed) - set(kept))
+    text = f"epoch {epoch} kept {len(kept):,} samples, and observed {len(observed):,}"
+    if cause == "repeat":
+        text += f", of which {repeated} repeat an id"
+    elif cause == "left out":
+        text += f", of which {left_out} were left out of this epoch"
+    assert len(said) == 1 and str(said[0].message).startswith(text) and cause in str(said[0].message)
 
 
-def test_batches_that_are_sharded_again_are_announced():
-    """As by accelerate, whose ranks take turns with a sampler's batches. Both ranks' ids, one observer."""
-    scan = Scan(64)
-    samplers = [ScanSampler(scan, 16, rank, 2) for rank in (0, 1)]
+def test_another_seed_on_each_rank_is_announced():
+    """Each rank deals its part of an order of its own. One process plays both."""
+    scan, other = Scan(320), Scan(320, seed=1)
+    samplers = ScanSampler(scan, 32, 0, 2), ScanSampler(other, 32, 1, 2)
     for sampler in samplers:
         sampler.set_epoch(0)
-    for k, (first, second) in enumerate(zip(*samplers)):
-        if k % 2 == 0:
-            ids = torch.tensor(first + second)
-            scan.observe(ids, ids.float(), ids.float())
-    with pytest.warns(UserWarning, match="kept 64 samples, and observed 32"):
+    gathered = [first + second for first, second in zip(*samplers)]
+    for ids in gathered:
+        scan.observe(ids, torch.ones(32), torch.ones(32))
+    repeated = 320 - len(set(sum(gathered, [])))
+    assert 50 < repeated < 110  # a quarter
+    with pytest.warns(UserWarning, match=f"{repeated} repeat an id.*one Scan seed on all ranks"):
         scan.end_epoch()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_ids_are_checked_from_a_resume_in_mid_epoch_on(right):
+    one, resumed = Scan(64), Scan(64)
+    sampler = ScanSampler(one, 16)
+    sampler.set_epoch(0)
+    steps = list(sampler)
+    one.observe(torch.tensor(steps[0]), torch.ones(16), torch.ones(16))
+    resumed.load_state_dict(one.state_dict())
+    resumed.begin_epoch(0)
+    for ids in steps[1:]:
+        resumed.observe(torch.tensor(ids if right else steps[1]), torch.ones(16), torch.ones(16))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        resumed.end_epoch()
+    assert len(said) == (0 if right else 1) and all("32 repeat an id" in str(x.message) for x in said)
+
+
+def test_a_state_of_other_settings_is_refused():
+    settings = dict(num_samples=20, rho_red=0.2, rho_ill=0.3, t_cos=3, threshold=0.3, rule="stable", seed=0)
+    others = dict(num_samples=21, rho_red=0.1, rho_ill=0.1, t_cos=2, threshold=0.4, rule="printed", seed=1)
+    state = Scan(**settings).state_dict()
+    Scan(**settings).load_state_dict(state)
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=re.escape(f"{name} {settings[name]} (here {value})")):
+            Scan(**settings | {name: value}).load_state_dict(state)
+    changed = Scan(**settings | {"t_cos": 2})
+    changed.load_state_dict(state | {"t_cos": 2})  # on purpose
+
+
+def test_ids_may_be_a_list_or_an_array():
+    losses = torch.rand(4)
+    for ids in ([4, 5, 6, 7], np.arange(4, 8), torch.arange(4, 8)):
+        scan = Scan(8)
+        scan.begin_epoch()
+        scan.observe(ids, losses, losses)
+        assert (scan.quantile != 0.5).nonzero().flatten().tolist() == [4, 5, 6, 7]
+    with pytest.raises(ValueError, match="int64.*got torch.int32"):
+        scan.observe(np.arange(4, dtype=np.int32), losses, losses)
 
 
 def test_lengths_are_known_before_the_first_epoch():
