@@ -90,7 +90,7 @@ def train(args, rank, world, device, make_scan=Scan):
         sampler.set_epoch(epoch)  # SCAN: all data, or all but a random share of the candidates
         dataset.set_epoch(epoch)
         run.begin_epoch()
-        steps = sampler.start + len(sampler)
+        steps = len(sampler)
         model.train()
         for step, (ids, failed, *batch) in enumerate(run.timed(loader), sampler.start):
             now = epoch + step / steps  # fractional epoch: shorter epochs never bend a schedule
