@@ -1,12 +1,12 @@
-"""open_clip's own training program with SCAN: its files stay as they are, functions are replaced at run time.
+"""Run open_clip's own training program with SCAN: replaces functions at run time, and leaves its files alone.
 
     pip install -r experiments/requirements.txt
     python experiments/open_clip_scan.py --prune 0.3 --dataset-type csv --train-data pairs.csv --model RN50
     torchrun --nproc_per_node 8 experiments/open_clip_scan.py ...  # the global batch is 8 x --batch-size
 
-All other flags are open_clip's. Its loss and gradients stay its own: SCAN only watches. --resume goes on with
-SCAN's state, which lies in open_clip's checkpoints (open_clip itself still reads them). The learning rate
-follows epoch + step / steps: open_clip's step count would jump with the length of an epoch.
+All other flags are open_clip's. Its loss and gradients stay the same: SCAN only watches. --resume continues
+with SCAN's state, saved in open_clip's checkpoints (open_clip alone can still read them). The learning rate
+follows epoch + step / steps, because open_clip's step count would jump with the length of an epoch.
 """
 
 import argparse
@@ -28,14 +28,11 @@ except ImportError as error:
 
 
 class Data:
-    """What open_clip's loop knows as data["train"], and as its dataloader: batches of the kept pairs."""
+    """Both data["train"] and its dataloader in open_clip's loop: deals batches of the kept pairs."""
 
     def __init__(self, dataset, prune, args):
-        try:
-            self.scan = Scan(len(dataset), prune, seed=args.seed)
-            self.sampler = ScanSampler(self.scan, args.batch_size * args.world_size)
-        except ValueError as error:
-            sys.exit(f"open_clip_scan.py: {error}")
+        self.scan = Scan(len(dataset), prune, seed=args.seed)
+        self.sampler = ScanSampler(self.scan, args.batch_size * args.world_size)
         workers = dict(num_workers=args.workers, pin_memory=args.device != "cpu")
         self.loader = DataLoader(WithIds(dataset), batch_sampler=self.sampler, **workers)
         self.dataloader, self.ids = self, None
@@ -56,7 +53,7 @@ class Data:
 
 
 def refuse(args):
-    """Ends the program if SCAN cannot do what is asked for."""
+    """End the program if its flags ask for something that SCAN cannot do."""
     path, kind = args.train_data or "", args.dataset_type
     is_csv = kind == "csv" or (kind == "auto" and path.endswith((".csv", ".tsv")))
     for reason, asked_for in {
@@ -70,7 +67,7 @@ def refuse(args):
 
 
 def add_scan(prune):
-    """Put a function of ours, which calls the original, in the place of some of open_clip_train.main's."""
+    """Wrap some functions of open_clip_train.main."""
     parse_args, pt_load = program.parse_args, program.pt_load
     get_data, create_loss = program.get_data, program.create_loss
     train, saved = None, None  # the run's Data; SCAN's state in the checkpoint to resume from
@@ -89,17 +86,20 @@ def add_scan(prune):
     def data(args, *rest, **options):
         nonlocal train
         found = get_data(args, *rest, **options)
-        found["train"] = train = Data(found["train"].dataloader.dataset, prune, args)
-        if saved is not None:
-            train.scan.load_state_dict(saved)
-        elif args.resume:
-            logging.warning("SCAN: the checkpoint holds no state of it: its warm-up begins now")
+        try:
+            found["train"] = train = Data(found["train"].dataloader.dataset, prune, args)
+            if saved is not None:
+                train.scan.load_state_dict(saved)
+        except ValueError as error:
+            sys.exit(f"open_clip_scan.py: {error}")
+        if saved is None and args.resume:
+            logging.warning("SCAN: the checkpoint holds no SCAN state: its warm-up begins now")
         return found
 
     def by_epoch(make_schedule):
         def make(optimizer, *rest):
             adjust = make_schedule(optimizer, *rest)  # a function of the step, at full data
-            # main has no place of its own for SCAN's state: it goes along with the optimizer's.
+            # open_clip's checkpoints have no field for SCAN's state: save it with the optimizer's.
             optimizer.register_state_dict_post_hook(
                 lambda _, state: state | {"scan": train.scan.state_dict()}
             )
@@ -124,7 +124,7 @@ def add_scan(prune):
 
 
 def ddp(model, device_ids=None, **options):
-    """open_clip names a device to DDP even on a CPU, which torch refuses."""
+    """Make DDP without device_ids on a CPU: open_clip passes them, and torch refuses them."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     return DistributedDataParallel(model, None if on_cpu else device_ids, **options)
 

@@ -45,7 +45,7 @@ def pairs(tmp_path, monkeypatch):
 
 
 def run_open_clip(monkeypatch, flags, replace=None):
-    """Runs open_clip's main -> its losses, its learning rates, and the pairs that it read, step by step."""
+    """Run open_clip's main -> its losses, its learning rates, and the pairs that it read, step by step."""
     import open_clip_scan
     from open_clip_train import data, main
 
@@ -148,7 +148,9 @@ def test_open_clip_prunes_and_resumes(pairs, monkeypatch):
         for name, value in state.items():
             found = resumed["optimizer"]["scan"][name]
             assert found.equal(value) if torch.is_tensor(value) else found == value, name
-    # and open_clip alone still reads such a checkpoint
+    with pytest.raises(SystemExit, match=r"rho_red 0.3 \(here 0.2\)"):
+        run_open_clip(monkeypatch, [*options, *resume, "--prune", "0.2"])
+    # open_clip alone can still read such a checkpoint
     resume = ["--resume", "logs/whole/checkpoints/epoch_5.pt", "--name", "plain"]
     run_open_clip(monkeypatch, [*options, *resume], lambda get_data: get_data)
 
@@ -240,7 +242,7 @@ def same(model, other):
 
 
 def test_lightning(tmp_path):
-    """len() before the first epoch, loaders made anew, a second iter(); a run resumed from a checkpoint."""
+    """Needs len() before the first epoch, new loaders, a second iter(); resumes between and in epochs."""
     lightning = pytest.importorskip("lightning")
     dataset = pairs_of_numbers()
 
@@ -271,24 +273,28 @@ def test_lightning(tmp_path):
         def on_load_checkpoint(self, checkpoint):
             self.scan.load_state_dict(checkpoint["scan"])
 
-    def fit(epochs, resume=None):
+    def fit(resume=None, **limit):
         module, options = Lit(), dict(accelerator="cpu", logger=False, enable_progress_bar=False)
-        saves = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+        every = dict(every_n_train_steps=limit.get("max_steps"))  # None: at the end of each epoch
+        saves = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True, **every)
         trainer = lightning.Trainer(
-            max_epochs=epochs,
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,
             callbacks=[saves],
             **options,
+            **limit,
         )
         trainer.fit(module, ckpt_path=resume)
         return module
 
     counts, observed, model = plain_run()
-    first = fit(6)
-    second = fit(8, tmp_path / "last.ckpt")
-    assert first.observed + second.observed == observed
-    assert second.scan.counts.equal(counts) and same(second.model, model)
+    for stop in (dict(max_epochs=6), dict(max_steps=13, max_epochs=8), dict(max_steps=35, max_epochs=8)):
+        first = fit(**stop)
+        second = fit(tmp_path / "last.ckpt", max_epochs=8)
+        whole = first.observed[: 8 - len(second.observed)]  # Lightning ends the epoch that it stops in, too
+        assert whole + second.observed == observed
+        assert second.scan.counts.equal(counts) and same(second.model, model)
+        (tmp_path / "last.ckpt").unlink()
 
 
 def test_hf_trainer(tmp_path):
@@ -356,7 +362,7 @@ accelerator.end_training()
 
 @pytest.mark.parametrize("loader", ["as it is", "shard"])
 def test_accelerate_on_two_ranks(tmp_path, loader):
-    """It trains as the plain loop does; a loader that accelerate shards once more is announced."""
+    """Trains as the plain loop does; a loader that accelerate shards a second time triggers the warning."""
     pytest.importorskip("accelerate")
     (tmp_path / "loop.py").write_text(ACCELERATE)
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
