@@ -220,7 +220,7 @@ class CLIP(nn.Module):
         config = ARCHS[arch]
         embed_dim, vision, (width, layers) = config["embed_dim"], config["vision"], config["text"]
         act = QuickGELU if quick_gelu else nn.GELU
-        self.arch, self.image_size, self.context_length = arch, image_size, context_length
+        self.arch, self.image_size, self.quick_gelu = arch, image_size, quick_gelu
         if arch.startswith("vit"):
             self.visual = VisionTransformer(image_size, **vision, embed_dim=embed_dim, act=act)
         elif arch.startswith("rn"):

@@ -32,7 +32,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image, features
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
@@ -1989,7 +1988,7 @@ def cifar(root, name, monkeypatch):
 
 
 def evaluate(*args):
-    on_files = args[0] in ("export", "coreset", "suspects")
+    on_files = args[0] in ("export", "coreset")
     evaluation.main([*map(str, args), *([] if on_files else ["--workers", "0"])])
 
 
@@ -2036,11 +2035,41 @@ def test_weights_of_all_origins_start_a_model(checkpoints, tmp_path):
         assert weight.equal(backbone.get(inside, before[name])), name
 
 
+def test_wrapped_weights_and_openais_are_unwrapped(tmp_path, monkeypatch):
+    """Wrappers in any order, also around a part of the model; OpenAI's TorchScript archive, as advised."""
+    torch.manual_seed(0)
+    model = clip_model.create("vit_tiny", 16, quick_gelu=True).eval()
+    images, weights = torch.randn(2, 3, 16, 16, generator=generator()), model.state_dict()
+    how = dict(arch="vit_tiny", image_size=16, vocab="hashed")
+    for prefix in ("_orig_mod.module.", "module._orig_mod.module.", "module.module."):
+        wrapped = {f"{prefix}{k.replace('visual.', 'visual._orig_mod.')}": v for k, v in weights.items()}
+        torch.save({"state_dict": wrapped | {"n_averaged": torch.tensor(3)}}, tmp_path / "wrapped.pt")
+        again, _ = evaluation.load_model(tmp_path / "wrapped.pt", **how, quick_gelu=True)
+        assert again.encode_image(images).equal(model.encode_image(images)), prefix
+    del model.pixel_mean, model.pixel_std
+    for name, value in dict(input_resolution=16, context_length=77, vocab_size=49408).items():
+        model.register_buffer(name, torch.tensor(value))
+    archive = tmp_path / "ViT.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files stay
+        torch.jit.trace(model, (images, torch.tensor([[49406, 5, 49407]] * 2))).save(archive)
+        with pytest.raises(data.UserError, match="a TorchScript archive; make a state dict of it: ") as error:
+            evaluation.load_model(archive, **how)
+        monkeypatch.chdir(tmp_path)
+        exec(str(error.value).partition("of it: ")[2], {"torch": torch})
+    again, _ = evaluation.load_model("weights.pt", **how)  # QuickGELU without being told
+    assert again.encode_image(images).equal(model.encode_image(images))
+    with pytest.warns(UserWarning, match="trained with QuickGELU by OpenAI; this model has GELU"):
+        evaluation.load_weights(clip_model.create("vit_tiny", 16), "weights.pt")
+
+
 def test_weights_that_do_not_fit_get_one_line(checkpoints, tmp_path):
     gone = {"model": {}, "args": {"arch": "gone", "image_size": 16}, "tokenizer": None}
     larger, strange = clip_model.create("vit_tiny", 32).state_dict(), {"weights": torch.zeros(3)}
     for name, content in dict(larger=larger, strange=strange, list=[1, 2], gone=gone).items():
         torch.save(content, tmp_path / f"{name}.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "larger.pt").read_bytes()[:100_000])
     clip, vocab = Path(checkpoints["clip"]), tmp_path / "vocab.gz"
     vocab.write_bytes(gzip.compress(b"#version\na b\n"))
     models = clip_model.create("vit_tiny", 16), moco.create("moco_vit_tiny", 16)
@@ -2051,7 +2080,9 @@ def test_weights_that_do_not_fit_get_one_line(checkpoints, tmp_path):
         ("strange.pt", models[0], "do not fit"),
         ("strange.pt", {}, "--arch"),
         ("strange.pt", tiny, "token_embedding"),
-        ("list.pt", {}, "no state dict"),
+        ("list.pt", {}, "not a checkpoint: .* a dict of tensors"),
+        ("text.pt", {}, "not a checkpoint: not a whole file of torch.save"),
+        ("half.pt", {}, "not a checkpoint: not a whole file of torch.save"),
         ("gone.pt", dict(text=False), "do not fit|unknown arch"),
         ("larger.pt", tiny | dict(image_size=33), "multiple"),
         ("larger.pt", dict(arch="vit_tiny"), "needs --vocab"),
@@ -2087,10 +2118,10 @@ def test_evaluation_crops_are_those_of_the_protocols():
     for model, look, edge, how, (mean, std) in (
         (openai, None, 224, bicubic, others),
         (imagenet, None, 256, bicubic, theirs),
-        (imagenet, evaluation.LINCLS_LOOK, 256, bilinear, theirs),
-        (openai, evaluation.LINCLS_LOOK, 256, bilinear, others),
+        (imagenet, evaluation.LINCLS_PREPROCESS, 256, bilinear, theirs),
+        (openai, evaluation.LINCLS_PREPROCESS, 256, bilinear, others),
     ):
-        evaluation.image_features(model, source, CPU, encode=features, look=look)
+        evaluation.image_features(model, source, CPU, encode=features, preprocess=look)
         classic = [transforms.Resize(edge, how), transforms.CenterCrop(224), transforms.ToTensor()]
         expected = transforms.Compose([*classic, transforms.Normalize(mean, std)])(picture)
         torch.testing.assert_close(seen.pop()[0], expected, rtol=0, atol=1e-6)
@@ -2121,6 +2152,8 @@ class Toy(torch.nn.Module):
 
 class Reds:
     """N pictures, the i-th of red i + first; labels and captions at random."""
+
+    templates = ["a photo of a {}."]
 
     def __init__(self, n, classes=12, first=0):
         self.n, self.first = n, first
@@ -2225,8 +2258,7 @@ def test_zero_shot_finds_the_names_itself(tmp_path):
         (imagenet, {}, "a photo of a tench."),
         (imagenet[7:9], {"wnids": imagenet}, "a photo of a tench."),
         (imagenet[7:9], {"classnames": ["cock", "hen"]}, "a photo of a cock."),
-        (["cat", "dog"], {"templates": ["{}, {}!"]}, "cat, cat!"),
-        (["0", "1"], {"classnames": "imagenet"}, "a photo of a tench."),
+                (["0", "1"], {"classnames": "imagenet"}, "a photo of a tench."),
     ):
         source.classes, source.labels = classes, np.array([0, 1, 1, 0])
         assert evaluation.zeroshot(Toy(), tokenizer, source, CPU, **given)["n"] == 4
@@ -2244,14 +2276,14 @@ def test_zero_shot_finds_the_names_itself(tmp_path):
 
 
 def test_zero_shot_equals_a_naive_reference():
-    model, source, templates = Toy(), Reds(200), ["a {}", "no {} here", "much of {}"]
+    model, source, templates = Toy(), Reds(200), ["a {}", "no {} here", "much of {}, {}"]
+    source.templates = templates
     classes = []
     for name in source.classes:
         prompts = [unit(embedded(model, template.replace("{}", name))) for template in templates]
         classes.append(unit(np.mean(prompts, 0)))
     cosine = unit(model.rows[:200]) @ np.array(classes).T
-    options = dict(templates=templates, batch_size=7)
-    result = evaluation.zeroshot(model, clip_model.HashedWords(), source, CPU, **options)
+    result = evaluation.zeroshot(model, clip_model.HashedWords(), source, CPU, batch_size=7)
     assert_same_shares(result, "zero-shot", shares(np.argsort(-cosine, 1), source.labels))
 
 
@@ -2509,8 +2541,8 @@ def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, cap
     def train_classifier(classifier, train, protocol, device, **settings):
         calls.append((classifier, protocol, settings))
 
-    def classify(classifier, source, folders, device, workers, look):
-        looks.append(look)
+    def classify(classifier, source, folders, device, workers, preprocess):
+        looks.append(preprocess)
         return {"top1": 0.5, "n": 8}
 
     monkeypatch.setattr(evaluation, "train_classifier", train_classifier)
@@ -2621,6 +2653,29 @@ def test_cifar(name, checkpoints, tmp_path, capsys, monkeypatch):
     assert "no whole cifar10" in eval_refuses(capsys, "zeroshot", *common)
 
 
+def test_flags_about_data_default_to_the_runs_own(checkpoints, tmp_path, capsys, monkeypatch):
+    for name, n in (("train", 4), ("val", 2)):
+        tree(tmp_path / name, COLOURS, n)
+        rows = [f"{name}/{colour}/{k}.png\t{colour}" for colour in COLOURS for k in range(n)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["picture\tkind", *rows]))
+    bank, val = str(tmp_path / "train.tsv"), str(tmp_path / "val.tsv")
+    own = dict(data=bank, val_data=val, img_key="picture", label_key="kind", templates=["{}", "a {}"])
+    for family in ("clip", "moco"):
+        run = torch.load(f"{checkpoints[family]}/last.pt", weights_only=True)
+        torch.save(run | {"args": run["args"] | own}, tmp_path / f"{family}.pt")
+    for protocol in ("knn", "linear"):
+        evaluate(protocol, "--checkpoint", tmp_path / "moco.pt")
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first == f"{protocol} of {tmp_path / 'moco.pt'} on {val}, learnt from {bank}"
+        assert json.loads(last)["top1"] == 1 and json.loads(last)["n"] == 8
+    asked = []
+    note = lambda model, words, source, **_: asked.append((source.path, source.templates)) or {"protocol": ""}  # noqa: E731
+    monkeypatch.setattr(evaluation, "zeroshot", note)
+    evaluate("zeroshot", "--checkpoint", tmp_path / "clip.pt")
+    evaluate("zeroshot", "--checkpoint", tmp_path / "clip.pt", "--data", bank, "--templates", "no {}")
+    assert asked == [(val, ["{}", "a {}"]), (bank, ["no {}"])]
+
+
 def test_zero_shot_needs_labels_and_no_captions(checkpoints, tmp_path, capsys):
     members, labelled = [], []
     for k, group in enumerate(["food", "animals", "food"]):
@@ -2638,6 +2693,7 @@ def test_zero_shot_needs_labels_and_no_captions(checkpoints, tmp_path, capsys):
 
 def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
     numbers, some = tree(tmp_path / "v2", ["0", "10"], 1), tree(tmp_path / "r", WNIDS[:2], 1)
+    single = tree(tmp_path / "single", ["images"])
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
     three = ["--classnames", tmp_path / "three.txt"]
     clip, moco_ = (["--checkpoint", checkpoints[k]] for k in ("clip", "moco"))
@@ -2649,6 +2705,8 @@ def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
         (["zeroshot", *moco_, "--data", some], "never learnt"),
         (["retrieval", *moco_, "--data", some], "never learnt"),
         (["knn", *moco_, "--data", some], "--val-data"),
+        (["knn", *moco_, "--data", single, "--val-data", single], "'images' is the only class of the data"),
+        (["zeroshot", *clip, "--data", single], "'images' is the only class of the data"),
         (["knn", *moco_, "--data", some, "--val-data", numbers], "'10'"),
         (["linear", *clip, "--data", some, "--val-data", tree(tmp_path / "x", ["cat"])], "'cat'"),
         (["knn", *clip, "--data", tmp_path / "nowhere", "--val-data", some], "nowhere"),
@@ -2656,7 +2714,6 @@ def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
         (["knn", "--checkpoint", tmp_path, "--data", some, "--val-data", some], "last.pt: No such file"),
         (["export", *clip, "--out", tmp_path / "no" / "where.pt"], "--out"),
         (["coreset", checkpoints["clip"], "--prune", "0.3", "--out", tmp_path / "k.npy"], "not a run"),
-        (["suspects", checkpoints["clip"], "--out", tmp_path / "k.csv"], "not a run"),
     ):
         assert message in eval_refuses(capsys, *args), args
 
@@ -2673,22 +2730,16 @@ def test_export_says_how_to_load_and_what_its_words_are(checkpoints, tmp_path, c
         model, _ = evaluation.load_model(checkpoints[family])
         again, _ = evaluation.load_model(out, arch, image_size=16, vocab="hashed")
         assert evaluation.encoder(model)(images).equal(evaluation.encoder(again)(images))
-        loud = [line for line in lines if line.startswith("WARNING") and "hashed words" in line]
-        assert len(loud) == (family == "clip")
-    words, texts = clip_model.HashedWords(), ["a red car", " ".join(["dog"] * 99), ""]
-    recipe = next(line for line in evaluation.WARNING.splitlines() if "tokens =" in line).strip()
-    names = {"torch": torch, "F": F, "words": words, "texts": texts}
-    exec(recipe, names)  # what it tells people to do
+        warned = any(line.startswith("WARNING") and "hashed words" in line for line in lines)
+        assert warned == (family == "clip")
+    names = {"texts": ["a red car", " ".join(["dog"] * 99), ""]}
+    exec("\n".join(line.strip() for line in evaluation.WARNING.splitlines()[2:]), names)  # its advice
     assert names["tokens"].shape == (3, 77) and names["tokens"].argmax(1).tolist() == [4, 76, 1]
     path = checkpoint_of(model, tmp_path / "last.pt", "bpe 0123")
     evaluation.main(["export", "--checkpoint", path, "--out", str(tmp_path / "x.pt")])
     assert "WARNING" not in capsys.readouterr().out
-    with torch.device("meta"):
-        line = evaluation.loading_line(clip_model.create("vit_b32", 96), "w.pt")
-        assert line == 'model = open_clip.create_model("ViT-B-32", "w.pt", force_image_size=96)'
-        line = evaluation.loading_line(moco.create("moco_vit_s16", 96), "w.pt")
-        assert 'timm.create_model("vit_small_patch16_224", num_heads=12, img_size=96' in line
-    assert set(evaluation.OPEN_CLIP) == set(clip_model.ARCHS) - {"vit_tiny", "swin_b"}
+    ours_alone = {"vit_tiny", "swin_b", "moco_vit_tiny"}
+    assert set(evaluation.ELSEWHERE) == {*clip_model.ARCHS, *moco.ARCHS} - ours_alone
 
 
 # ---------------------------------------------------------------- eval.py: coresets and suspects
@@ -2742,62 +2793,15 @@ def test_warnings_are_one_line_on_stderr(scanned, tmp_path, capsys, monkeypatch)
     assert said.err == said.out == ""  # rank 0 does it, and says it
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny", "moco_vit_tiny"])
-def test_suspects_are_listed_worst_first(arch, tmp_path, capsys):
-    """A state made by hand over shapes with a fifth of the captions shuffled."""
-    n, clip = 40, arch == "vit_tiny"
-    source = data.open_source("shapes:40", size=16, captions=clip)
-    pairs = data.Pairs(source, None, 16, mismatch=0.2)
-    dataset, planted = pairs if clip else data.Samples(source, 0), pairs.truth["ill_matched"]
-    ranks = np.empty(n)
-    ranks[np.argsort(~planted, kind="stable")] = np.linspace(0.95, 0.05, n)  # the planted ones come first
-    quantile = torch.from_numpy(ranks)
-    high, low = quantile > 0.5, quantile < 0.3
-    ill, redundant = 2 * high.to(torch.int16), 3 * low.to(torch.int16)
-    ill[low.nonzero()[0]] = 1  # marked as both: more often as redundant
-    args = {"arch": arch, "data": "shapes:40", "image_size": 16, "mismatch": 0.2 if clip else 0.0}
-    args |= {"img_key": "filepath", "caption_key": "title", "label_key": None}
-    scan = {"counts": ill + redundant, "ill_counts": ill, "quantile": quantile.half(), "rounds": 4}
-    checkpoint = {"scan": scan, "args": args, "data": {"size": n, "hash": dataset.fingerprint()}}
-    torch.save(checkpoint, tmp_path / "last.pt")
-    out = tmp_path / "s.csv"
-    result = evaluated(capsys, "suspects", tmp_path, "--share", "1", "--out", out)
-    expected = []
-    for kind, marked, ids in (
-        ("ill-matched", "2", sorted(high.nonzero().flatten().tolist(), key=lambda i: -quantile[i])),
-        ("redundant", "3", sorted(low.nonzero().flatten().tolist(), key=lambda i: quantile[i])),
-    ):
-        assert result[kind.replace("-", "_")] == len(ids) > 10
-        for i in ids:
-            caption = pairs.caption(i) if clip else ""
-            expected.append([str(i), source.where(i), caption, kind, marked, "4"])
-    with open(out, newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    assert header == "id where caption kind marked rounds quantile".split()
-    assert [row[:-1] for row in rows] == expected
-    assert all(float(row[-1]) == pytest.approx(float(quantile[int(row[0])]), abs=1e-3) for row in rows)
-    total = int(planted.sum())
-    for first, share in (("0.05", 2), ("0.1", 4), ("0.15", 6)) if clip else ():  # rows
-        right = min(share, total)
-        assert result[f"first_{first}"] == {"precision": right / share, "recall": right / total}
-    result = evaluated(capsys, "suspects", tmp_path, "--share", "0.1", "--out", out)
-    assert result["ill_matched"] == result["redundant"] == 4
-    assert "not the data" in eval_refuses(capsys, "suspects", tmp_path, "--data", "shapes:80", "--out", out)
-
-
 # ---------------------------------------------------------------- eval.py: ranks, devices, flags
 
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert evaluation.start_ranks("auto") == evaluation.start_ranks("cpu") == (0, 1, CPU)
-    for device in ("cuda", "mps"):
-        with pytest.raises(data.UserError, match="use --device cpu"):
-            evaluation.start_ranks(device)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert [evaluation.start_ranks(kind)[2].type for kind in ("mps", "auto")] == ["mps", "cpu"]
+    with pytest.raises(data.UserError, match="use --device cpu"):
+        evaluation.start_ranks("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     used, groups = [], []
@@ -2805,15 +2809,20 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     assert evaluation.start_ranks("auto")[2] == used[0] == torch.device("cuda", 0)
     assert torch.backends.cudnn.benchmark
-    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "GROUP_WORLD_SIZE": 1}.items():
+    for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "MASTER_PORT": 9}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(data.UserError, match="but MASTER_ADDR is empty or not set: start ranks"):
+        evaluation.start_ranks("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with pytest.raises(data.UserError, match="is '', but WORLD_SIZE, MASTER_ADDR is empty"):
+        evaluation.start_ranks("cpu")
+    for name, value in {"WORLD_SIZE": 4, "MASTER_ADDR": "host", "GROUP_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 3, 4)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: groups.append((backend, how)))
     assert evaluation.start_ranks("auto") == (3, 4, torch.device("cuda", 1))
     assert evaluation.start_ranks("cpu") == (3, 4, CPU)
-    with pytest.raises(data.UserError, match="one process"):
-        evaluation.start_ranks("mps")
     assert [backend for backend, _ in groups] == ["nccl", "gloo"]
     how = groups[0][1]
     assert (how["rank"], how["world_size"], how["timeout"].total_seconds()) == (3, 4, 1800)
@@ -2880,17 +2889,17 @@ def test_flags_say_what_they_take(kind, wrong, right, capsys):
     "flags",
     [
         "", "what", "zeroshot", "knn --checkpoint x --k 0", "knn --checkpoint x --batch-size 0",
-        "export --checkpoint x", "export --checkpoint x --out y --image-size 0", "suspects",
-        "suspects a --out x --share 2", "linear --checkpoint x --protocol sgd --lr nan",
+        "export --checkpoint x", "export --checkpoint x --out y --image-size 0",
+        "linear --checkpoint x --protocol sgd --lr nan",
         "linear --checkpoint x --epochs 3", "linear --checkpoint x --lr 3", "linear --checkpoint x --wd 0",
         "finetune --checkpoint x --epochs 0", "coreset a --prune 0.3", "finetune --checkpoint x --wd -1",
-        "coreset a --prune 2 --out x", "retrieval --checkpoint x", "linear --checkpoint x --seed -1",
+        "coreset a --prune 2 --out x", "linear --checkpoint x --seed -1",
         "knn --checkpoint x --workers -1", "knn --checkpoint x --device tpu", "zeroshot --checkpoint x --no",
     ],
 )  # fmt: skip
 def test_bad_arguments_of_eval_exit_2_in_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        evaluation.parse_args(flags.split())
+        evaluation.main(flags.split())
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -2913,13 +2922,13 @@ def test_names_come_from_a_file_or_an_imagenet_tree(tmp_path):
     flags = ["--wnids", tree(tmp_path / "imagenet", WNIDS, 1), "--templates", str(tmp_path / "templates.txt")]
     args = evaluation.parse_args(["zeroshot", "--checkpoint", "x", "--classnames", "imagenet", *flags])
     assert (args.classnames, args.wnids) == ("imagenet", sorted(WNIDS))
-    assert args.templates == ["{}!", "a photo of {}"]
+    assert args.templates == ["{}!", "a photo of {}"] and evaluation.templates("no {}") == ["no {}"]
 
 
 @pytest.mark.parametrize("flags, options", [
-    ("zeroshot", dict(classnames=None, wnids=None, templates=None, batch_size=256)),
-    ("zeroshot --classnames NAMES --wnids NAMES --templates NAMES --batch-size 3",
-     dict(classnames=["{}!"], wnids=["{}!"], templates=["{}!"], batch_size=3)),
+    ("zeroshot", dict(classnames=None, wnids=None, batch_size=256)),
+    ("zeroshot --classnames NAMES --wnids NAMES --batch-size 3",
+     dict(classnames=["{}!"], wnids=["{}!"], batch_size=3)),
     ("retrieval --data shapes:9", dict(split_captions=False, batch_size=256)),
     ("retrieval --data shapes:9 --split-captions", dict(split_captions=True, batch_size=256)),
     ("knn", dict(k=20, batch_size=256)), ("knn --k 3 --batch-size 7", dict(k=3, batch_size=7)),
@@ -2930,7 +2939,7 @@ def test_flags_reach_their_protocol(flags, options, checkpoints, tmp_path, monke
     asked = []
     monkeypatch.setattr(evaluation, command, lambda *_, **given: asked.append(given) or {"protocol": ""})
     evaluate(command, "--checkpoint", checkpoints["clip"], *flags)
-    assert asked == [options | {"workers": 0}]
+    assert asked == [options | {"workers": 0, "device": CPU}]
 
 
 def test_help_shows_every_default(capsys, monkeypatch):
@@ -2939,11 +2948,10 @@ def test_help_shows_every_default(capsys, monkeypatch):
     note = lambda self, *a, **k: actions.append((self.prog, real(self, *a, **k)))  # noqa: E731
     monkeypatch.setattr(evaluation.Parser, "add_argument", note)
     by_recipe = {
-        "linear": ["default: 90 (sgd)", "default: 1024 (sgd)", "3 x batch / 256"],
-        "finetune": ["default: 10 (wise-ft), 150 (deit)", "default: 512 (wise-ft), 1024 (deit)",
-                     "default: 0.1 (wise-ft), 0.05 (deit)", "3e-5 (wise-ft)"],
+        "linear": ["default: 10 (wise-ft), 150 (deit), 90 (sgd)", "12 (sgd); deit, sgd: times batch / 1024"],
+        "finetune": ["default: 512 (wise-ft), 1024 (deit)", "default: 0.1 (wise-ft), 0.05 (deit)"],
     }  # fmt: skip
-    for command in evaluation.ABOUT:
+    for command in evaluation.commands():
         actions.clear()
         with pytest.raises(SystemExit):
             evaluation.parse_args([command, "--help"])
@@ -2957,8 +2965,8 @@ def test_help_shows_every_default(capsys, monkeypatch):
         assert all(text in said for text in by_recipe.get(command, []))
 
 
-def test_one_rank_speaks_for_all(monkeypatch, capsys, tmp_path):
-    waited, report = [], tmp_path / "error.json"
+def test_one_rank_speaks_for_all(monkeypatch, capsys):
+    waited = []
     monkeypatch.setattr(evaluation.time, "sleep", waited.append)
     for rank, local, code, said in (
         (0, 0, 2, "eval.py: no"), (1, 1, 0, ""), (8, 0, 2, "eval.py: rank 8: no"),
@@ -2969,12 +2977,6 @@ def test_one_rank_speaks_for_all(monkeypatch, capsys, tmp_path):
             evaluation.Parser(prog="eval.py").error("no")
         assert (stop.value.code, capsys.readouterr().err.strip()) == (code, said)
     assert waited == [5]
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
-    with pytest.raises(SystemExit):
-        evaluation.fail("train.py", "what is wrong")
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(report))
-    assert "traceback : train.py: what is wrong" in ChildFailedError("train.py", {0: failure}).format_msg()
 
 
 # ---------------------------------------------------------------- train.py in this process
