@@ -81,7 +81,7 @@ def load_checkpoint(path):
     Executes nothing in the file, and refuses a damaged one.
     """
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
-    needed = "not a checkpoint: not a whole file of torch.save with a dict of tensors and plain values"
+    needed = "no checkpoint, or damaged: torch.load(weights_only=True) must read a dict of tensors from it"
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
