@@ -220,7 +220,8 @@ class CLIP(nn.Module):
         config = ARCHS[arch]
         embed_dim, vision, (width, layers) = config["embed_dim"], config["vision"], config["text"]
         act = QuickGELU if quick_gelu else nn.GELU
-        self.arch, self.image_size, self.quick_gelu = arch, image_size, quick_gelu
+        self.arch, self.image_size, self.feature_dim = arch, image_size, embed_dim
+        self.quick_gelu = quick_gelu
         if arch.startswith("vit"):
             self.visual = VisionTransformer(image_size, **vision, embed_dim=embed_dim, act=act)
         elif arch.startswith("rn"):
@@ -261,6 +262,8 @@ class CLIP(nn.Module):
     def encode_image(self, images):
         """(b, 3, h, w) normalised images -> (b, embed_dim), before normalisation."""
         return self.visual(images)
+
+    features = encode_image  # the name that moco.MoCo has for it
 
     def encode_text(self, tokens):
         """(b, n) int tokens, n up to the context length -> (b, embed_dim), before normalisation.

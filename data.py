@@ -221,7 +221,6 @@ class Source:
 
     truth = {}  # name of a planted fault -> mask (N,)
     classes, labels = None, None  # names, and (N,) int
-    templates = ["a photo of a {}."]
     skipped = {}  # extension -> number of files that were left out
 
     def __len__(self):

@@ -1,31 +1,27 @@
 """Evaluate CLIP and MoCo models: runs of train.py, or state dicts of open_clip, timm and MoCo v3.
 
-    python eval.py zeroshot  --checkpoint runs/x                                  # on the run's own data
-    python eval.py zeroshot  --checkpoint runs/x --data imagenet/val              # class folders
+    python eval.py zeroshot  --checkpoint runs/x                                  # on the run's --val-data
     python eval.py retrieval --checkpoint runs/x --data 'val-{00000..00003}.tar'
     python eval.py knn       --checkpoint runs/x --data imagenet --val-data imagenet
-    python eval.py linear    --checkpoint runs/x --data cifar10:data --val-data cifar10:data
     torchrun --nproc_per_node 8 eval.py finetune --checkpoint runs/x --data imagenet \\
         --val-data imagenet --test-data imagenetv2 imagenet-r                     # any command runs on ranks
     python eval.py export    --checkpoint runs/x --out weights.pt                 # for open_clip or timm
     python eval.py coreset   runs/a runs/b --prune 0.3 --out kept.npy             # Sect. 4.3
 
-Prints a table and, as its last line, one JSON object: shares (not percent), and n, the number of images.
-"balanced" is the mean of the accuracies per class. Class folders may be ImageNet's 1000 wnids, the 200 of
-ImageNet-R (then only these are ranked), or the numbers of ImageNet-V2. State dicts of others need --arch, for
-text also --vocab, CLIP's vocabulary; weights trained by OpenAI need --quick-gelu.
-
-The last section holds what train.py shares: ranks, devices, messages, number types.
+Prints a table and, as its last line, one JSON object: shares (not percent), and n, the number of images;
+"balanced" is the mean accuracy of the classes. Class folders may be ImageNet's 1000 wnids, the 200 of
+ImageNet-R (then only these are ranked), or the numbers of ImageNet-V2. State dicts of others need --arch, and
+for text --vocab, CLIP's vocabulary. The last section is what train.py shares.
 """
 
 import argparse
 import functools
-import itertools
+import inspect
+import io
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -57,9 +53,9 @@ RECIPES = {
     "sgd": dict(epochs=90, batch_size=1024, lr=12.0, wd=0.0),  # MoCo v3's linear protocol
 }
 # MoCo v3's linear protocol: the middle 224 of 256 pixels for any model, resized by torchvision's default
-LINCLS_PREPROCESS = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR)
+LINCLS_RESIZE = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR)
 WRAPPERS = ("module", "_orig_mod")  # parts of names added by DistributedDataParallel and torch.compile
-OPENAI = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's archives, no weights
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # in OpenAI's, in averages
 
 
 # ---------------------------------------------------------------- models
@@ -81,25 +77,23 @@ def load_checkpoint(path):
     Executes nothing in the file, and refuses a damaged one.
     """
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
-    needed = "no checkpoint, or damaged: torch.load(weights_only=True) must read a dict of tensors from it"
+    reason = "no checkpoint, or damaged: torch.load(weights_only=True) must read a dict of tensors from it"
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if any(name.endswith("/constants.pkl") for name in file.namelist()):
                     state = f"torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), 'weights.pt')"
-                    raise UserError(f"{path}: a TorchScript archive; make a state dict of it: {state}")
+                    reason = f"a TorchScript archive; make a state dict of it: {state}"
                 # torch.load verifies no checksums, and skips tensors that are marked as folders
                 if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
-                    raise UserError(f"{path}: damaged")
+                    raise ValueError("damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError("no dict")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (UserError, MemoryError):
-        raise
     except Exception:  # torch and zipfile raise almost anything for other files
-        raise UserError(f"{path}: {needed}") from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: {needed}")
+        raise UserError(f"{path}: {reason}") from None
     return checkpoint
 
 
@@ -111,8 +105,7 @@ def run_flags(checkpoint):
 def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, text=True, checkpoint=None):
     """-> (model in eval mode, tokenizer or None), from train.py, open_clip, timm's ViT or MoCo v3's own code.
 
-    text: whether captions will be encoded, so that the tokenizer must be known. checkpoint: the content of
-    `path`, if already loaded.
+    text: whether captions will be encoded. checkpoint: the content of `path`, if already loaded.
     """
     checkpoint = checkpoint or load_checkpoint(path)
     run, tokenizer = run_flags(checkpoint), None
@@ -124,13 +117,12 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
         if arch in moco.ARCHS:
             model = moco.create(arch, image_size or 224)
         else:
+            words = len(_weights(checkpoint).get("token_embedding.weight", [0]))
             if text:
                 tokenizer = _tokenizer(path, checkpoint.get("tokenizer"), vocab)
-            size = tokenizer.vocab_size if text else len(_weights(checkpoint)["token_embedding.weight"])
-            quick_gelu = quick_gelu or OPENAI[0] in checkpoint
-            model = clip_model.create(arch, image_size or 224, size, quick_gelu=quick_gelu)
-    except KeyError as error:
-        raise UserError(f"{path}: its weights do not fit {arch} (no {error})") from None
+                words = tokenizer.vocab_size
+            quick_gelu = quick_gelu or "input_resolution" in checkpoint  # OpenAI's own weights
+            model = clip_model.create(arch, image_size or 224, words, quick_gelu=quick_gelu)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     load_weights(model, path, checkpoint)
@@ -155,7 +147,7 @@ def load_weights(model, path, checkpoint=None):
         reason = str(error).strip().splitlines()[-1].strip()[:200]
         model = f"{model.arch} at {model.image_size} px"
         raise UserError(f"{path}: its weights do not fit {model} ({reason})") from None
-    if OPENAI[0] in checkpoint and not model.quick_gelu:
+    if "input_resolution" in checkpoint and not model.quick_gelu:
         warnings.warn(f"{path}: trained with QuickGELU by OpenAI; this model has GELU", stacklevel=2)
     return checkpoint.get("tokenizer")
 
@@ -165,73 +157,58 @@ def _weights(checkpoint):
     found = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     weights = {}
     for name, weight in found.items() if isinstance(found, dict) else []:
-        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
-        if parts[0] not in (*OPENAI, "n_averaged"):  # n_averaged: of torch's AveragedModel
-            weights[".".join(parts)] = weight
+        name = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+        if name not in NO_WEIGHTS:
+            weights[name] = weight
     return weights
 
 
 def _tokenizer(path, trained_with, vocab):
     if trained_with is None and not vocab:  # an open_clip state dict does not name its tokenizer
-        need = "needs --vocab (or --vocab hashed, if exported from here)"
-        raise UserError(f"{path}: an open_clip state dict {need}")
+        raise UserError(f"{path}: which tokens? give --vocab (or --vocab hashed, if exported from here)")
     tokenizer = tokenizer_for(vocab)
     if trained_with not in (None, tokenizer.name):
         hint = "give its --vocab" if trained_with.startswith("bpe") else "leave --vocab out"
-        trained = f"was trained with the tokenizer {trained_with!r}, not {tokenizer.name!r}"
-        raise UserError(f"{path} {trained}: {hint}")
+        raise UserError(
+            f"{path}: trained with the tokenizer {trained_with!r}, not {tokenizer.name!r}: {hint}"
+        )
     return tokenizer
-
-
-def encoder(model):
-    """Return the method that gives (b, d) features of normalised images, of any length."""
-    return model.features if isinstance(model, moco.MoCo) else model.encode_image
 
 
 # ---------------------------------------------------------------- features
 
 
 @torch.no_grad()
-def image_features(
-    model, source, device, *, encode=None, ids=None, preprocess=None, batch_size=256, workers=0
-):
+def image_features(model, source, device, *, encode=None, ids=None, resize=None, batch_size=None, workers=0):
     """(len(ids), d) float32 features of a source's pictures (ids: all), on the CPU; ranks share the work.
 
-    preprocess: crop and interpolation of `data.eval_transform`; default: the model's crop, bicubic.
+    resize: crop and interpolation of `data.eval_transform`; default: the model's crop, bicubic.
     """
-    encode = encode or encoder(model)
+    encode, batch_size = encode or model.features, batch_size or 256
     rank, world = _ranks()
     ids = range(len(source)) if ids is None else ids
-    preprocess = preprocess or dict(crop=model.eval_crop, interpolation=InterpolationMode.BICUBIC)
-    pictures = data.Pictures(source, data.eval_transform(model.image_size, **preprocess))
+    resize = resize or dict(crop=model.eval_crop, interpolation=InterpolationMode.BICUBIC)
+    pictures = data.Pictures(source, data.eval_transform(model.image_size, **resize))
+    mine = np.array_split(ids, world)[rank].tolist()
     options = dict(num_workers=workers, pin_memory=device.type == "cuda")
-    loader = DataLoader(pictures, batch_size, sampler=ids[rank::world], **options)
-    parts = [torch.empty(0, device=device)]  # a rank may get no picture at all
-    for done, (_, images) in enumerate(loader, 1):
-        parts.append(encode(model.normalize(images.to(device, non_blocking=True))).float())
-        progress(f"images {min(world * batch_size * done, len(ids)):,} / {len(ids):,}")
-    progress("")
-    mine = torch.cat(parts).cpu()
-    if world == 1:
-        return mine
-    everyone = [None] * world
-    dist.all_gather_object(everyone, mine)
-    features = torch.empty(len(ids), *everyone[0].shape[1:])
-    for k in range(min(world, len(ids))):
-        features[k::world] = everyone[k]
-    return features
+    parts = [torch.empty(0)]  # a rank may get no picture at all
+    for _, images in shown(DataLoader(pictures, batch_size, sampler=mine, **options), "batches of images"):
+        parts.append(encode(model.normalize(images.to(device, non_blocking=True))).float().cpu())
+    everyone = [torch.cat(parts)]
+    if world > 1:
+        everyone *= world
+        dist.all_gather_object(everyone, everyone[rank])
+    return torch.cat(everyone)
 
 
 @torch.no_grad()
 def text_features(model, tokenizer, texts, device, batch_size=256):
     """Unit features (len(texts), d), float32, on the CPU."""
     parts = []
-    for start in range(0, len(texts), batch_size):
+    for start in shown(range(0, len(texts), batch_size), "batches of texts"):
         tokens = [torch.from_numpy(tokenizer(text)) for text in texts[start : start + batch_size]]
         features = model.encode_text(pad_sequence(tokens, batch_first=True).to(device))
         parts.append(F.normalize(features.float(), dim=-1).cpu())
-        progress(f"texts {min(start + batch_size, len(texts)):,} / {len(texts):,}")
-    progress("")
     return torch.cat(parts)
 
 
@@ -264,8 +241,8 @@ def _are_wnids(names):
 def zeroshot_classes(source, classnames=None, wnids=None):
     """-> (names of the classes for prompts, their folders), in the same order.
 
-    classnames: names in the order of the classes; "imagenet": torchvision's names; None: the folders' own
-    names, or torchvision's if the folders are ImageNet's 1000 wnids. wnids: ImageNet's 1000, in order.
+    classnames: names in the order of the classes; "imagenet": torchvision's; None: the folders' own, or
+    torchvision's if these are ImageNet's 1000 wnids. wnids: ImageNet's 1000, in order.
     """
     folders = wnids or source.classes
     numbers, are_wnids = all(name.isdecimal() for name in folders), _are_wnids(folders)
@@ -279,8 +256,7 @@ def zeroshot_classes(source, classnames=None, wnids=None):
     if numbers:
         folders = [str(k) for k in range(len(names))]
     if len(names) != len(folders):
-        hint = "; give the order of all wnids with --wnids" if are_wnids and not wnids else ""
-        raise UserError(f"--classnames has {len(names)} names, for {len(folders)} classes{hint}")
+        raise UserError(f"--classnames has {len(names)} names, for {len(folders)} classes (or give --wnids)")
     class_labels(source, folders)  # fail early on unknown classes, or on a single one
     return names, folders
 
@@ -292,12 +268,8 @@ def accuracy(scores, labels, ranked=None):
     hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (N, 5)
     seen = labels.bincount()
     per_class = labels.bincount(hits[:, 0].double())[seen > 0] / seen[seen > 0]
-    return {
-        "top1": hits[:, 0].double().mean().item(),
-        "top5": hits.any(1).double().mean().item(),
-        "balanced": per_class.mean().item(),
-        "n": len(labels),
-    }
+    top1, top5 = hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
+    return {"top1": top1, "top5": top5, "balanced": per_class.mean().item(), "n": len(labels)}
 
 
 # ---------------------------------------------------------------- protocols that train nothing, or one layer
@@ -305,46 +277,39 @@ def accuracy(scores, labels, ranked=None):
 
 def zeroshot_classifier(model, tokenizer, source, names, device):
     """(classes, d) unit vectors: for each class the mean of its prompts' unit embeddings."""
-    templates = source.templates
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    per_class = text_features(model, tokenizer, prompts, device).view(len(names), len(templates), -1)
-    return F.normalize(per_class.mean(1), dim=-1)
+    prompts = [template.replace("{}", name) for name in names for template in source.templates]
+    features = text_features(model, tokenizer, prompts, device)
+    return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
 
 def zeroshot(model, tokenizer, source, device, *, classnames=None, wnids=None, **loading):
-    """Classify each image by the nearest class embedding -> dict of shares.
-
-    classnames, wnids: see `zeroshot_classes`.
-    """
+    """CLIP: nearest prompt of each class -> dict of shares. classnames, wnids: see `zeroshot_classes`."""
     names, folders = zeroshot_classes(source, classnames, wnids)
-    labels, ranked = class_labels(source, folders)
     classifier = zeroshot_classifier(model, tokenizer, source, names, device)
     images = F.normalize(image_features(model, source, device, **loading), dim=-1)
-    return {"protocol": "zero-shot"} | accuracy(images @ classifier.T, labels, ranked)
+    return {"protocol": "zero-shot"} | accuracy(images @ classifier.T, *class_labels(source, folders))
 
 
 def retrieval(model, tokenizer, source, device, *, split_captions=False, chunk=1024, **loading):
-    """Recall at 1, 5, 10 in both directions, in chunks -> dict of shares.
+    """CLIP: images by text and texts by image, recall at 1, 5, 10 -> dict of shares.
 
-    An image may have several captions: the rows of a CSV with its path, or with split_captions the lines of a
-    caption. A query hits at k if any of its partners is among the k nearest.
+    An image may have several captions: rows of a CSV with its path, or with split_captions lines. A query
+    hits at k if any of its partners is among the k nearest. chunk: queries at a time.
     """
-    firsts, image_of = None, range(len(source))
-    if hasattr(source, "same_images"):
-        firsts, image_of = source.same_images()
+    several = hasattr(source, "same_images")
+    firsts, image_of = source.same_images() if several else (None, range(len(source)))
     texts, owners = [], []  # owners: the image of each text
     for i, owner in enumerate(image_of):
         try:
             caption = source.caption(i)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{source.where(i)}: no caption ({error})") from None
-        several = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
-        texts += several
-        owners += [owner] * len(several)
-    owners = torch.tensor(owners)
+        split = [line for line in caption.splitlines() if line.strip()] if split_captions else [caption]
+        texts += split
+        owners += [owner] * len(split)
     images = F.normalize(image_features(model, source, device, ids=firsts, **loading), dim=-1)
     texts = text_features(model, tokenizer, texts, device)
-    numbers = torch.arange(len(images))
+    numbers, owners = torch.arange(len(images)), torch.tensor(owners)
     result = {"protocol": "retrieval"} | _recalls("i2t", images, texts, numbers, owners, chunk)
     return result | _recalls("t2i", texts, images, owners, numbers, chunk) | {"n": len(images)}
 
@@ -372,26 +337,29 @@ def knn(model, train, test, device, *, k=20, temperature=0.07, most=None, **load
     return {"protocol": "knn"} | accuracy(torch.cat(scores), labels, ranked)
 
 
-def linear(model, train, test, device, **loading):
-    """Logistic regression (L-BFGS) on frozen features of centre crops -> dict of shares.
+def linear(model, train, test, device, *, protocol="lbfgs", recipe=None, workers=0, **loading):
+    """Linear classifier on frozen features -> dict of shares.
 
-    Chooses the L2 penalty on a tenth of the training data, then fits all of them.
+    protocol: "sgd", MoCo v3's (recipe: see `train_and_classify`); or "lbfgs", logistic regression on features
+    of centre crops, whose L2 penalty is chosen on a tenth of the training data.
     """
+    if protocol == "sgd":
+        return train_and_classify(model, "sgd", None, train, {"": test}, device, recipe, workers)
+    if recipe and any(recipe[name] is not None for name in ("epochs", "lr", "wd")):
+        raise UserError("--epochs, --lr and --wd are for --protocol sgd")
     y = torch.as_tensor(train.labels, device=device)
     labels, ranked = class_labels(test, train.classes)
-    x = image_features(model, train, device, **loading).to(device)
-    z = image_features(model, test, device, **loading).to(device)
+    x = image_features(model, train, device, workers=workers, **loading).to(device)
+    z = image_features(model, test, device, workers=workers, **loading).to(device)
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, z = (x - mean) / std, (z - mean) / std
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(device)
     held_out, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
     tried = {}
-    for penalty in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        progress(f"logistic regression, penalty {penalty:g}")
+    for penalty in shown((1e-5, 1e-4, 1e-3, 1e-2, 1e-1), "penalties"):
         probe = _logistic_regression(x[rest], y[rest], len(train.classes), penalty)
         tried[penalty] = (probe(x[held_out]).argmax(1) == y[held_out]).double().mean().item()
     best = max(tried, key=tried.get)
-    progress("")
     probe = _logistic_regression(x, y, len(train.classes), best)
     return {"protocol": "linear"} | accuracy(probe(z).cpu(), labels, ranked) | {"penalty": best}
 
@@ -421,53 +389,40 @@ class Classifier(nn.Module):
     def __init__(self, model, classes, frozen, zeroshot_head=None):
         super().__init__()
         self.model, self.frozen, self.unit = model, frozen, zeroshot_head is not None
-        is_moco = isinstance(model, moco.MoCo)
-        width = moco.ARCHS[model.arch]["width"] if is_moco else clip_model.ARCHS[model.arch]["embed_dim"]
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(model.feature_dim, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         if self.unit:
             self.head.weight.data.copy_(zeroshot_head)
-        model.requires_grad_(False)  # all but the image tower, without MoCo's projector
-        if not frozen and is_moco:
+        model.requires_grad_(False)
+        if not frozen and isinstance(model, moco.MoCo):  # all but the projector
             model.base_encoder.requires_grad_(True).head.requires_grad_(False)
         elif not frozen:
             model.visual.requires_grad_(True)
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.model.train(mode and not self.frozen)
-        return self
-
     def forward(self, images):
-        x = encoder(self.model)(images)
+        x = self.model.features(images)
         return self.head(F.normalize(x, dim=-1) if self.unit else x)
 
 
 class Labelled(data.Samples):
     """Items (id, unreadable id or -1, image, label), augmented by (seed, epoch, id)."""
 
-    def __init__(self, source, transform, draft, seed):
-        super().__init__(source, seed)
-        self.transform, self.draft = transform, draft
-
     def read(self, i):
-        return self.transform(self.source.image(i, self.draft)), int(self.source.labels[i])
+        return self.transform(self.source.image(i)), int(self.source.labels[i])
 
 
 def augmentation(protocol, size):
-    """-> (picture -> (3, size, size) uint8, smallest length of the shorter side when decoding)."""
+    """-> a transform, picture -> (3, size, size) uint8."""
     how = InterpolationMode.BILINEAR if protocol == "sgd" else InterpolationMode.BICUBIC
     smallest = 0.9 if protocol == "wise-ft" else 0.08
-    steps = [v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=how)]
-    if protocol != "wise-ft":
-        steps += [v2.RandomHorizontalFlip()]
-    if protocol == "deit":
-        steps += [v2.RandAugment(2, 9)]
-    steps += [v2.PILToTensor()]
-    if protocol == "deit":
-        steps += [v2.RandomErasing(0.25)]
-    return v2.Compose(steps), math.ceil(size / math.sqrt(smallest))
+    crop = v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=how)
+    if protocol == "wise-ft":
+        return v2.Compose([crop, v2.PILToTensor()])
+    if protocol == "sgd":
+        return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    steps = [v2.RandomHorizontalFlip(), v2.RandAugment(2, 9), v2.PILToTensor(), v2.RandomErasing(0.25)]
+    return v2.Compose([crop, *steps])
 
 
 def decays(name, parameter):
@@ -491,7 +446,7 @@ def learning_rate(protocol, step, per_epoch, epochs, lr):
         step = step // per_epoch * per_epoch
     total = epochs * per_epoch
     warmup = {"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol]
-    warmup = min(warmup, total // 5)  # short runs: at most a fifth
+    warmup = min(warmup, total // 5)  # at most a fifth
     done = max(step - warmup, 0) / max(total - warmup, 1)
     return lr * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * done)) / 2
 
@@ -499,19 +454,18 @@ def learning_rate(protocol, step, per_epoch, epochs, lr):
 def train_classifier(classifier, train, protocol, device, *, epochs, batch_size, lr, wd, workers, seed=0):
     """Train in place. protocol: a key of RECIPES; "deit" adds MixUp or CutMix and label smoothing."""
     rank, world = _ranks()
-    dataset = Labelled(train, *augmentation(protocol, classifier.model.image_size), seed)
+    dataset = Labelled(train, seed)
+    dataset.transform = augmentation(protocol, classifier.model.image_size)
     batch_size = min(batch_size, len(dataset)) // world
-    if batch_size * world < 2:
-        raise UserError(f"{len(dataset)} samples are too few to train on with {world} rank(s)")
-    deit, cuda, whole = protocol == "deit", device.type == "cuda", protocol != "sgd"
-    sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=whole)
-    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=cuda)
-    loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=whole, **options)
-    mixes = [(v2.MixUp, 0.8), (v2.CutMix, 1.0)]
-    mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(train.classes)) for kind, alpha in mixes])
+    drop_last, classes = protocol != "sgd", len(train.classes)
+    sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=drop_last)
+    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, **options)
+    mixes = [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
+    mix = v2.RandomChoice(mixes)
     optimizer, module = make_optimizer(classifier, protocol, lr, wd), classifier
     if world > 1:
-        module = DistributedDataParallel(classifier, device_ids=[device.index] if cuda else None)
+        module = DistributedDataParallel(classifier, [device.index] if device.type == "cuda" else None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision("auto", device) == "bf16")
 
     torch.manual_seed(hash((seed, rank)) % 2**63)  # for MixUp, CutMix and stochastic depth
@@ -519,28 +473,25 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
         began, losses = time.monotonic(), torch.zeros((), device=device)
         dataset.set_epoch(epoch)
         sampler.set_epoch(epoch)
-        classifier.train()
-        for step, (_, _, images, labels) in enumerate(loader):
+        classifier.model.train(not classifier.frozen)  # a frozen tower keeps its batch statistics
+        for step, (_, _, images, labels) in enumerate(shown(loader, f"epoch {epoch}, steps")):
             rate = learning_rate(protocol, epoch * len(loader) + step, len(loader), epochs, lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = classifier.model.normalize(images)
-            if deit:
+            if protocol == "deit":
                 images, labels = mix(images, labels)
             with autocast:
                 logits = module(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1 if deit else 0.0)
+            smoothing = 0.1 if protocol == "deit" else 0.0
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
             optimizer.zero_grad()
             loss.backward()
             if not classifier.frozen:
                 nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
             optimizer.step()
             losses += loss.detach()
-            if step % 10 == 0:
-                mean = losses.item() / (step + 1)
-                progress(f"epoch {epoch}/{epochs}  step {step:,}/{len(loader):,}  loss {mean:.4f}")
-        progress("")
         mean = losses / len(loader)
         if world > 1:
             dist.all_reduce(mean)
@@ -559,120 +510,224 @@ def share_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-@torch.no_grad()
-def classify(classifier, source, folders, device, **loading):
-    """Accuracy of a trained classifier -> dict of shares."""
-    labels, ranked = class_labels(source, folders)
-    scores = image_features(classifier.eval().model, source, device, encode=classifier, **loading)
-    return accuracy(scores, labels, ranked)
+def finetune(model, tokenizer, train, test, device, *, classnames, test_data, recipe, workers=0, out=None):
+    """Train the image tower and a classifier: CLIP as wise-ft does, MoCo as DeiT does -> dict of shares.
 
-
-def train_and_classify(args, protocol, model, head, train, test, others, device):
-    """Train a classifier -> accuracy on `test`, and on `others` by name. head: its first weights, or None."""
-    for images in (test, *others.values()):
-        class_labels(images, train.classes)  # refuse unknown classes now, not hours later
-    out = getattr(args, "out", None)
-    if out and not os.access(os.path.dirname(out) or ".", os.W_OK):
-        raise UserError(f"--out {out}: its folder cannot be written")
-    recipe = dict(RECIPES[protocol])
-    recipe |= {name: getattr(args, name) for name in recipe if getattr(args, name) is not None}
-    if protocol != "wise-ft" and args.lr is None:
-        recipe["lr"] *= min(recipe["batch_size"], len(train)) / RECIPES[protocol]["batch_size"]
-    torch.manual_seed(args.seed)
-    classifier = Classifier(model, len(train.classes), protocol == "sgd", head).to(device)
-    train_classifier(classifier, train, protocol, device, workers=args.workers, seed=args.seed, **recipe)
-    if out and _ranks()[0] == 0:
-        state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
-        _write(out, lambda file: torch.save(state, file))
-    loading = dict(workers=args.workers, preprocess=LINCLS_PREPROCESS if protocol == "sgd" else None)
-    result = {"protocol": protocol} | classify(classifier, test, train.classes, device, **loading)
-    for spec, images in others.items():
-        scores = classify(classifier, images, train.classes, device, **loading)
-        result.setdefault("test", {})[spec] = scores
-    return result
-
-
-# ---------------------------------------------------------------- the commands
-
-# `start` opens what every evaluation needs. To add one, write its function here, and its row in `commands`.
-
-
-def run_zeroshot(args):
-    """CLIP: nearest prompt of each class."""
-    model, tokenizer, loading, source = start(args, text=True)
-    return zeroshot(model, tokenizer, source, classnames=args.classnames, wnids=args.wnids, **loading)
-
-
-def run_retrieval(args):
-    """CLIP: images by text and texts by image."""
-    model, tokenizer, loading, source = start(args, text=True, captions=True)
-    return retrieval(model, tokenizer, source, split_captions=args.split_captions, **loading)
-
-
-def run_knn(args):
-    """k-nearest-neighbour classifier on frozen features."""
-    model, _, loading, train, test = start(args)
-    return knn(model, train, test, k=args.k, **loading)
-
-
-def run_linear(args):
-    """Linear classifier on frozen features."""
-    for flag in ("epochs", "lr", "wd"):
-        if args.protocol == "lbfgs" and getattr(args, flag) is not None:
-            args.error(f"argument --{flag}: is for --protocol sgd")
-    model, _, loading, train, test = start(args)
-    if args.protocol == "lbfgs":
-        return linear(model, train, test, **loading)
-    return train_and_classify(args, "sgd", model, None, train, test, {}, loading["device"])
-
-
-def run_finetune(args):
-    """Train the image tower and a classifier: CLIP as wise-ft does, MoCo as DeiT does."""
-    model, tokenizer, loading, train, test = start(args, text=True)
-    others = {spec: open_source(args, model, spec) for spec in args.test_data}
-    protocol, head, device = "deit", None, loading["device"]
+    test_data: more sources to classify, by name. recipe, out: see `train_and_classify`.
+    """
+    protocol, head = "deit", None
     if tokenizer is not None:  # the head starts from the zero-shot weights
-        names, folders = zeroshot_classes(train, args.classnames)
+        names, folders = zeroshot_classes(train, classnames)
         names = [names[folders.index(folder)] for folder in train.classes]
         head = zeroshot_classifier(model, tokenizer, train, names, device) * model.logit_scale.exp().item()
         protocol = "wise-ft"
-    return train_and_classify(args, protocol, model, head, train, test, others, device)
+    return train_and_classify(
+        model, protocol, head, train, {"": test} | test_data, device, recipe, workers, out
+    )
 
 
-def start(args, text=False, captions=False):
-    """Load the model, start the ranks, open the data -> model, tokenizer or None, loading, source(s).
+def train_and_classify(model, protocol, head, train, tests, device, recipe, workers=0, out=None):
+    """Train a classifier -> its accuracy on the sources `tests`, by name; on "" at the top level.
 
-    text: whether captions or class names are encoded. captions: whether the source's own captions are.
-    loading: device, batch_size and workers, for `image_features`. With --val-data there are two sources.
+    head: its first weights, or None. recipe: seed, and what differs from RECIPES. out: file to write.
     """
-    checkpoint, learns = load_checkpoint(args.checkpoint), "val_data" in args
+    labels = {name: class_labels(source, train.classes) for name, source in tests.items()}
+    if out and not os.access(os.path.dirname(out) or ".", os.W_OK):
+        raise UserError(f"--out {out}: its folder cannot be written")
+    given = {name: value for name, value in recipe.items() if value is not None}
+    recipe = RECIPES[protocol] | given
+    if protocol != "wise-ft" and "lr" not in given:
+        recipe["lr"] *= min(recipe["batch_size"], len(train)) / RECIPES[protocol]["batch_size"]
+    torch.manual_seed(recipe["seed"])
+    classifier = Classifier(model, len(train.classes), protocol == "sgd", head).to(device)
+    train_classifier(classifier, train, protocol, device, workers=workers, **recipe)
+    if out and is_first_rank():
+        state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
+        _write(out, lambda file: torch.save(state, file))
+    options, scores = dict(encode=classifier.eval(), workers=workers), {}
+    options["resize"] = LINCLS_RESIZE if protocol == "sgd" else None
+    for name, source in tests.items():
+        scores[name] = accuracy(image_features(model, source, device, **options), *labels[name])
+    result = {"protocol": protocol} | scores.pop("")
+    return result | ({"test": scores} if scores else {})
+
+
+# ---------------------------------------------------------------- weights for others, coresets
+
+
+def export(model):
+    """State dict under others' names: open_clip's for CLIP; timm's ViT, without a head, for MoCo."""
+    if model.arch in moco.ARCHS:
+        backbone = model.base_encoder.state_dict()
+        return {name: weight for name, weight in backbone.items() if not name.startswith("head.")}
+    return model.state_dict()
+
+
+WARNING = """\
+WARNING: this model reads hashed words. open_clip loads it silently, but its tokenizer does not match, so that
+accuracy will be at chance. Give the model these tokens:
+    import clip_model, torch, torch.nn.functional as F
+    words = clip_model.HashedWords()
+    tokens = torch.stack([F.pad(torch.from_numpy(words(text)), (0, 77))[:77] for text in texts])"""
+
+
+def run_export(checkpoint, arch, image_size, quick_gelu, vocab, out):
+    """Write weights for open_clip or timm."""
+    loaded = load_checkpoint(checkpoint)
+    model, _ = load_model(checkpoint, arch, vocab, image_size, quick_gelu, False, loaded)
+    tokenizer, state = loaded.get("tokenizer"), export(model)
+    _write(out, lambda file: torch.save(state, file))
+    if tokenizer == clip_model.HashedWords.name:
+        print(WARNING)
+    return {"out": out, "tensors": len(state), "tokenizer": tokenizer}
+
+
+def run_coreset(runs, prune, out):
+    """Write the ids that a static coreset keeps, and print how much the runs agree (Sect. 4.3)."""
+    checkpoints = [load_scanned(run) for run in runs]
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
+        if checkpoint["data"] != checkpoints[0]["data"]:
+            raise UserError(f"{run} was trained on other data than {runs[0]}: no coreset of both")
+    states = [checkpoint["scan"] for checkpoint in checkpoints]
+    kept = coreset(states, prune)
+    _write(out, lambda file: np.save(file, kept.numpy()))
+
+    groups = [[i, j] for i in range(len(runs)) for j in range(i + 1, len(runs))]
+    if len(runs) > 2:
+        groups.append(list(range(len(runs))))
+    pruned, overlaps = torch.stack([pruned_set(state, prune) for state in states]), []
+    for (
+        group
+    ) in groups:  # IoU of their kept and of their pruned sets, each with that of random sets (Table 5)
+        row = {"runs": [runs[k] for k in group]}
+        for kind, rho, sets in (("kept", 1 - prune, ~pruned[group]), ("pruned", prune, pruned[group])):
+            row[kind] = round(sets.all(0).sum().item() / max(sets.any(0).sum().item(), 1), 4)
+            row[f"{kind}_chance"] = round(rho ** len(sets) / max(1 - (1 - rho) ** len(sets), 1e-12), 4)
+        print("overlap (IoU):", row)
+        overlaps.append(row)
+    return {"out": out, "kept": len(kept), "prune": prune, "overlap": overlaps}
+
+
+def load_scanned(path):
+    """Load the checkpoint of a run that has marked samples."""
+    checkpoint = load_checkpoint(path)
+    if not {"scan", "data", "args"} <= set(checkpoint) or not checkpoint["scan"]["counts"].any():
+        raise UserError(f"{path}: not a run of train.py that has finished a preparation epoch")
+    return checkpoint
+
+
+def _write(path, write):
+    if not path:
+        raise UserError("--out: say which file to write")
+    content = io.BytesIO()
+    write(content)  # not to the file: torch.save does not say that a disk is full
+    try:
+        with open(path, "wb") as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def commands():
+    """-> options of every flag; by name of the command, its function and the flags that it takes.
+
+    To add an evaluation, write its function and add its row.
+    """
+    default = {k: ", ".join(f"{r[k]:g} ({name})" for name, r in RECIPES.items()) for k in RECIPES["sgd"]}
+    kinds = "shapes[:N], tar shards, .csv/.tsv, class folders, cifar10[:DIR]"
+    flags = {
+        "--checkpoint": dict(required=True, help="folder of a run, its last.pt, or a state dict of others"),
+        "--arch": dict(choices=[*clip_model.ARCHS, *moco.ARCHS], help="of a state dict of others"),
+        "--image-size": dict(type=natural, help="of a state dict of others; default: 224"),
+        "--quick-gelu": dict(action="store_true", help="for weights trained by OpenAI"),
+        "--vocab": dict(help="bpe_simple_vocab_16e6.txt.gz, if the model was trained with it"),
+        "--data": dict(help=f"{kinds}; default: the run's, or shapes"),
+        "--val-data": dict(help="what to classify; --data: to learn from; default: the run's, or shapes"),
+        "--img-key": dict(help="column of a CSV; default: the run's, or filepath"),
+        "--caption-key": dict(help="column of a CSV; default: the run's, or title"),
+        "--label-key": dict(help="column of a CSV, or key in the .json of tar shards; default: the run's"),
+        "--templates": dict(type=templates, help="file, or a template, {} for the name; default: the run's"),
+        "--download": dict(action="store_true", help="fetch CIFAR if it is missing"),
+        "--workers": dict(type=count, default=loading_processes(), help="loading processes per rank"),
+        "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda or cpu"),
+        "--batch-size": dict(
+            type=natural, help=f"per rank: 256; in training, global: {default['batch_size']}"
+        ),
+        "--epochs": dict(type=natural, help=f"default: {default['epochs']}"),
+        "--lr": dict(type=finite, help=f"peak; default: {default['lr']}; deit, sgd: times batch / 1024"),
+        "--wd": dict(type=finite, help=f"weight decay; default: {default['wd']}"),
+        "--seed": dict(type=count, default=0, help="of the order, the augmentation and a new head"),
+        "--classnames": dict(type=classnames, help="file, one a line, in order; imagenet: torchvision's"),
+        "--wnids": dict(type=wnids, help="the 1000: file, one a line, in order, or an ImageNet tree"),
+        "--split-captions": dict(action="store_true", help="each line is a caption"),
+        "--k": dict(type=natural, default=20, help="neighbours that vote"),
+        "--protocol": dict(choices=["lbfgs", "sgd"], default="lbfgs", help="fit exactly, or as MoCo v3 does"),
+        "--test-data": dict(nargs="+", default=[], help="more to classify: ImageNet-V2, -R"),
+        "runs": dict(nargs="+", help="folders of runs over the same data, or checkpoints"),
+        "--prune": dict(type=share, required=True, help="share of the data to leave out"),
+        "--out": dict(help="file to write"),
+    }
+    model = "--checkpoint --arch --image-size --quick-gelu --vocab"
+    keys = "--img-key --caption-key --label-key --templates --download --workers --device --batch-size"
+    training = f"{model} --data --val-data {keys} --epochs --lr --wd --seed"
+    return flags, {
+        "zeroshot": (zeroshot, f"{model} --data {keys} --classnames --wnids"),
+        "retrieval": (retrieval, f"{model} --data {keys} --split-captions"),
+        "knn": (knn, f"{model} --data --val-data {keys} --k"),
+        "linear": (linear, f"{training} --protocol"),
+        "finetune": (finetune, f"{training} --classnames --test-data --out"),
+        "export": (run_export, f"{model} --out"),
+        "coreset": (run_coreset, "runs --prune --out"),
+    }
+
+
+def parse_args(argv=None):
+    parser, (flags, rows) = Parser(description=__doc__), commands()
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (function, taken) in rows.items():
+        about = function.__doc__.partition("\n")[0].replace(" -> dict of shares.", "")
+        command = subparsers.add_parser(name, help=about, description=about)
+        for flag in taken.split():
+            command.add_argument(flag, **flags[flag])
+    return parser.parse_args(argv)
+
+
+def run(args):
+    """Call the function of a command. Its parameters, by name: what is opened here, or flags."""
+    function, _ = commands()[1][args.command]
+    wanted, values = inspect.signature(function).parameters, vars(args)
+    if "model" not in wanted:
+        return function(**{name: values[name] for name in wanted})
+    checkpoint, learns = load_checkpoint(args.checkpoint), "train" in wanted
     origin = args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu
-    model, tokenizer = load_model(*origin, text, checkpoint)
-    if text and not learns and tokenizer is None:
+    model, tokenizer = load_model(*origin, "tokenizer" in wanted, checkpoint)
+    if tokenizer is None and {"tokenizer", "source"} <= set(wanted):
         raise UserError(f"{args.command} needs captions, which {model.arch} never learnt: use knn or linear")
-    fill_in(args, run_flags(checkpoint), learns)
-    device = start_ranks(args.device)[2]
-    sources = [open_source(args, model, args.data, train=learns, captions=captions)]
-    if learns:
-        sources.append(open_source(args, model, args.val_data))
-    loading = dict(device=device, batch_size=args.batch_size or 256, workers=args.workers)
-    return model.to(device), tokenizer, loading, *sources
-
-
-def fill_in(args, run, learns):
-    """Set the flags about data that were not given as the run had them. run: its flags, or {}."""
-    defaults = {"img_key": "filepath", "caption_key": "title", "label_key": None, "templates": None}
-    for name, default in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, run.get(name, default))
-    if args.data is None:
-        args.data = run.get("data" if learns else "val_data") or "shapes"
-        if learns:
-            args.val_data = args.val_data or run.get("val_data")
+    own = dict(data="shapes", val_data="shapes", img_key="filepath", caption_key="title")
+    own |= run_flags(checkpoint)
+    if not learns:
+        own["data"] = own["val_data"] or "shapes"
+    for name in ("data", "val_data", "img_key", "caption_key", "label_key", "templates"):
+        if values.get(name) is None:  # not given: as in the run
+            values[name] = own.get(name)
     if learns and args.val_data is None:
-        if args.data.partition(":")[0] != "shapes":
-            raise UserError("--val-data: say what to classify")
-        args.val_data = "shapes"
+        raise UserError("--val-data: say what to classify")
+    device = start_ranks(args.device)[2]
+    values |= dict(model=model.to(device), tokenizer=tokenizer, device=device)
+    if learns:
+        values["train"] = open_source(args, model, args.data, train=True)
+        values["test"] = open_source(args, model, args.val_data)
+    else:
+        values["source"] = open_source(args, model, args.data, captions=function is retrieval)
+    if "test_data" in wanted:
+        values["test_data"] = {spec: open_source(args, model, spec) for spec in args.test_data}
+    if "recipe" in wanted:
+        values["recipe"] = {name: values[name] for name in ("epochs", "batch_size", "lr", "wd", "seed")}
+    names = [*wanted, "batch_size", "workers"] if "loading" in wanted else wanted
+    return function(**{name: values[name] for name in names if name in values})
 
 
 def open_source(args, model, spec, train=False, captions=False):
@@ -686,170 +741,8 @@ def open_source(args, model, spec, train=False, captions=False):
     return source
 
 
-def export(model):
-    """State dict under others' names: open_clip's for CLIP; timm's ViT, without a head, for MoCo."""
-    if model.arch in moco.ARCHS:
-        backbone = model.base_encoder.state_dict()
-        return {name: weight for name, weight in backbone.items() if not name.startswith("head.")}
-    return model.state_dict()
-
-
-ELSEWHERE = {  # what makes the same model in open_clip and timm
-    "vit_s32": 'open_clip.create_model("ViT-S-32", force_image_size={})',
-    "vit_s16": 'open_clip.create_model("ViT-S-16", force_image_size={})',
-    "vit_b32": 'open_clip.create_model("ViT-B-32", force_image_size={})',
-    "vit_b16": 'open_clip.create_model("ViT-B-16", force_image_size={})',
-    "rn50": 'open_clip.create_model("RN50", force_image_size={})',
-    "rn101": 'open_clip.create_model("RN101", force_image_size={})',
-    "moco_vit_s16": 'timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0, img_size={})',
-    "moco_vit_b16": 'timm.create_model("vit_base_patch16_224", num_classes=0, img_size={})',
-}
-WARNING = """\
-WARNING: this model reads hashed words. open_clip loads it silently, but its tokenizer does not match, so that
-accuracy will be at chance. Give the model these tokens:
-    import clip_model, torch, torch.nn.functional as F
-    words = clip_model.HashedWords()
-    tokens = torch.stack([F.pad(torch.from_numpy(words(text)), (0, 77))[:77] for text in texts])"""
-
-
-def run_export(args):
-    """Write weights for open_clip or timm."""
-    checkpoint = load_checkpoint(args.checkpoint)
-    origin = args.checkpoint, args.arch, args.vocab, args.image_size, args.quick_gelu
-    model, _ = load_model(*origin, False, checkpoint)
-    tokenizer, state = checkpoint.get("tokenizer"), export(model)
-    _write(args.out, lambda file: torch.save(state, file))
-    if model.arch in ELSEWHERE:
-        print(f"model = {ELSEWHERE[model.arch].format(model.image_size)}")
-        print(f"model.load_state_dict(torch.load({json.dumps(args.out)}))")
-    if tokenizer == clip_model.HashedWords.name:
-        print(WARNING)
-    return {"out": args.out, "tensors": len(state), "tokenizer": tokenizer}
-
-
-def run_coreset(args):
-    """Write the ids that a static coreset keeps, and print how much the runs agree (Sect. 4.3)."""
-    checkpoints = [load_scanned(run) for run in args.runs]
-    for run, checkpoint in zip(args.runs, checkpoints, strict=True):
-        if checkpoint["data"] != checkpoints[0]["data"]:
-            raise UserError(f"{run} was trained on other data than {args.runs[0]}: no coreset of both")
-    states = [checkpoint["scan"] for checkpoint in checkpoints]
-    kept = coreset(states, args.prune)
-    _write(args.out, lambda file: np.save(file, kept.numpy()))
-
-    pruned, overlaps = [pruned_set(state, args.prune) for state in states], []
-    groups = list(itertools.combinations(range(len(states)), 2))
-    if len(states) > 2:
-        groups.append(range(len(states)))
-    print(f"{'overlap (IoU) of':<40} {'kept':>7} {'chance':>7} {'pruned':>7} {'chance':>7}")
-    for group in groups:
-        row = overlap(torch.stack([pruned[k] for k in group]), args.prune)
-        runs = [args.runs[k] for k in group]
-        name = " + ".join(runs) if len(runs) < 3 else f"all {len(runs)}"
-        print(f"{name[-40:]:<40} " + " ".join(f"{value:7.3f}" for value in row.values()))
-        overlaps.append({"runs": runs} | {k: round(v, 4) for k, v in row.items()})
-    return {"out": args.out, "kept": len(kept), "prune": args.prune, "overlap": overlaps}
-
-
-def overlap(pruned, prune):
-    """Masks (runs, N) -> IoU of the kept and of the pruned sets, each with that of random sets (Table 5)."""
-    row = {}
-    for kind, rho, sets in (("kept", 1 - prune, ~pruned), ("pruned", prune, pruned)):
-        row[kind] = sets.all(0).sum().item() / max(sets.any(0).sum().item(), 1)
-        row[f"{kind}_chance"] = rho ** len(sets) / max(1 - (1 - rho) ** len(sets), 1e-12)
-    return row
-
-
-def load_scanned(path):
-    """Load the checkpoint of a run that has finished a preparation epoch."""
-    checkpoint = load_checkpoint(path)
-    if not {"scan", "data", "args"} <= set(checkpoint):
-        raise UserError(f"{path}: not a run of train.py")
-    if not checkpoint["scan"]["counts"].any():
-        raise UserError(f"{path} has finished no preparation epoch: it has not marked any sample yet")
-    return checkpoint
-
-
-def _write(path, write):
-    try:
-        with open(path, "wb") as file:
-            write(file)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def commands():
-    """-> by name of the command: the function that runs it (its docstring is the help), its flags."""
-    kinds = "shapes[:N], tar shards, .csv/.tsv, class folders, cifar10[:DIR]"
-    model = {
-        "--checkpoint": dict(required=True, help="folder of a run, its last.pt, or a state dict of others"),
-        "--arch": dict(choices=[*clip_model.ARCHS, *moco.ARCHS], help="of a state dict of others"),
-        "--image-size": dict(type=natural, help="of a state dict of others; default: 224"),
-        "--quick-gelu": dict(action="store_true", help="for weights trained by OpenAI"),
-        "--vocab": dict(help="bpe_simple_vocab_16e6.txt.gz, if the model was trained with it"),
-    }
-    pictures = model | {
-        "--data": dict(help=f"{kinds}; default: the run's --val-data, or shapes"),
-        "--img-key": dict(help="column of a CSV; default: the run's, or filepath"),
-        "--caption-key": dict(help="column of a CSV; default: the run's, or title"),
-        "--label-key": dict(help="column of a CSV, or key in the .json of tar shards; default: the run's"),
-        "--download": dict(action="store_true", help="fetch CIFAR if it is missing"),
-        "--workers": dict(type=count, default=loading_processes(), help="loading processes per rank"),
-        "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda or cpu"),
-        "--batch-size": dict(type=natural, default=256, help="pictures per rank"),
-    }
-    learning = pictures | {
-        "--data": dict(help=f"to learn from: {kinds}; default: the run's --data, or shapes"),
-        "--val-data": dict(help="to classify; default, unless --data is given: the run's, or shapes"),
-    }
-    recipe = {k: ", ".join(f"{r[k]:g} ({name})" for name, r in RECIPES.items()) for k in RECIPES["sgd"]}
-    training = learning | {
-        "--epochs": dict(type=natural, help=f"default: {recipe['epochs']}"),
-        "--batch-size": dict(type=natural, help=f"over all ranks; default: {recipe['batch_size']}"),
-        "--lr": dict(type=finite, help=f"peak; default: {recipe['lr']}; deit, sgd: times batch / 1024"),
-        "--wd": dict(type=finite, help=f"weight decay; default: {recipe['wd']}"),
-        "--seed": dict(type=count, default=0, help="of the order, the augmentation and a new head"),
-    }
-    names = {
-        "--classnames": dict(type=classnames, help="file, one a line, in order; imagenet: torchvision's"),
-        "--templates": dict(type=templates, help="file, one a line, or one template; {}: the class's name"),
-    }
-    order = dict(type=wnids, help="the 1000 in order: a file, one a line, or an ImageNet tree")
-    split = dict(action="store_true", help="each line is a caption")
-    neighbours = dict(type=natural, default=20, help="neighbours that vote")
-    about = "lbfgs: logistic regression on features of centre crops; sgd: MoCo v3's, with augmentation"
-    protocol = dict(choices=["lbfgs", "sgd"], default="lbfgs", help=about)
-    tests = dict(nargs="+", default=[], help="more to classify: ImageNet-V2, -R")
-    runs = dict(nargs="+", help="folders of runs over the same data, or checkpoints")
-    prune = dict(type=share, required=True, help="share of the data to leave out")
-    tuned, out = dict(help="file to write"), dict(required=True, help="file to write")
-    return {
-        "zeroshot": (run_zeroshot, pictures | names | {"--wnids": order}),
-        "retrieval": (run_retrieval, pictures | {"--split-captions": split}),
-        "knn": (run_knn, learning | {"--k": neighbours}),
-        "linear": (run_linear, training | {"--protocol": protocol}),
-        "finetune": (run_finetune, training | names | {"--test-data": tests, "--out": tuned}),
-        "export": (run_export, model | {"--out": out}),
-        "coreset": (run_coreset, {"runs": runs, "--prune": prune, "--out": out}),
-    }
-
-
-def parse_args(argv=None):
-    parser = Parser(description=__doc__)
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, (run, flags) in commands().items():
-        command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run, error=command.error)
-        for flag, options in flags.items():
-            command.add_argument(flag, **options)
-    return parser.parse_args(argv)
-
-
 def lines(path):
-    """argparse type: the lines of a file."""
+    """The lines of a file. This and the following are argparse types."""
     try:
         with open(path, encoding="utf-8") as file:
             found = [line.strip() for line in file if line.strip()]
@@ -861,12 +754,10 @@ def lines(path):
 
 
 def classnames(text):
-    """argparse type: "imagenet", or the lines of a file."""
     return text if text == "imagenet" else lines(text)
 
 
 def wnids(path):
-    """argparse type: the folders of an ImageNet tree, or the lines of a file."""
     return data.Tree(path).classes if os.path.isdir(path) else lines(path)
 
 
@@ -884,15 +775,14 @@ def main(argv=None):
     one_line_warnings("eval.py")
     try:
         args = parse_args(argv)
-        on_ranks = "device" in args
-        if not on_ranks and not is_first_rank():
-            return
-        result = args.run(args)
-        if on_ranks and _ranks()[0] == 0:
-            where = f"{args.val_data}, learnt from {args.data}" if "val_data" in args else args.data
+        if "device" not in args and not is_first_rank():
+            return  # export and coreset
+        result = run(args)
+        if is_first_rank() and "protocol" in result:
+            where = f"{args.val_data}, learnt from {args.data}" if "train" in args else args.data
             print(f"{result['protocol']} of {args.checkpoint} on {where}")
             print_scores(result)
-        if _ranks()[0] == 0:
+        if is_first_rank():
             print(json.dumps(result))
     except UserError as error:
         fail("eval.py", str(error).strip().splitlines()[-1])
@@ -901,9 +791,7 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- what train.py shares
-
-# Ranks and devices, messages to the user, and the types of its flags.
+# ---------------------------------------------------------------- what train.py shares: ranks and messages
 
 TIMEOUT = timedelta(minutes=30)  # of a collective operation
 
@@ -915,15 +803,13 @@ def start_ranks(kind):
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         missing = ", ".join(name for name in names if not os.environ.get(name))
         if missing:
-            why = f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but {missing} is empty or not set"
-            raise UserError(f"{why}: start ranks with torchrun, or unset WORLD_SIZE")
+            raise UserError(f"WORLD_SIZE is set, but no {missing}: start ranks with torchrun, or unset it")
         rank, world, local = (int(os.environ[name]) for name in names[:3])
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"rank {rank} finds no GPU {local} here: start one rank per GPU, or use --device cpu")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
+    device = torch.device("cpu")
+    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
+        if local >= torch.cuda.device_count():
+            raise UserError(f"rank {rank} finds no GPU {local}: start one rank per GPU, or use --device cpu")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:
@@ -931,7 +817,7 @@ def start_ranks(kind):
         store, _, _ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if kind == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
     return rank, world, device
 
@@ -960,11 +846,12 @@ def loading_processes():
     return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)), 32)
 
 
-def progress(text):
-    """Print a line that overwrites itself: on a terminal, on rank 0."""
-    if _ranks()[0] == 0 and sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1  # a longer line would wrap and stay
-        print(f"\r{text[:width]:<{width}}", end="" if text else "\r", file=sys.stderr, flush=True)
+def shown(steps, name):
+    """Iterate over `steps`, with a line that overwrites itself: on a terminal, on rank 0."""
+    for k, step in enumerate(steps, 1):
+        yield step
+        if is_first_rank() and sys.stderr.isatty():  # \033[K clears the line
+            print(f"\r\033[K{name} {k:,}/{len(steps):,}", end="\r", file=sys.stderr, flush=True)
 
 
 def one_line_warnings(program):

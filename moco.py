@@ -298,7 +298,7 @@ class MoCo(nn.Module):
         super().__init__()
         sizes = dict(ARCHS[arch])
         hidden, dim = sizes.pop("hidden"), sizes.pop("dim")
-        self.arch, self.image_size = arch, image_size
+        self.arch, self.image_size, self.feature_dim = arch, image_size, sizes["width"]
         projector = _mlp(3, sizes["width"], hidden, dim)
         self.base_encoder = VisionTransformer(image_size, **sizes, head=projector)
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
