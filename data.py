@@ -1,21 +1,30 @@
-"""Images and captions by random access: a sample has an int64 id, its position, and is read when asked for.
+"""Images and captions by random access: a sample has an int64 id, its position, and is read on demand.
 
-A source says `len`, `image(id)`, `caption(id)`, `where(id)`, `fingerprint()`, and what is known of it:
-`truth` (planted faults), `classes` and `labels`, `skipped` (files left out). `open_source` picks one from a
---data argument:
+`open_source` turns a --data argument into a source:
 
-    shapes:N[,zipf]              captioned pictures, drawn on demand, with planted faults   Shapes
-    cc3m/{00000..00331}.tar      img2dataset / webdataset shards; globs; A::B joins sets    Shards
-    pairs.csv, pairs.tsv         columns filepath and title                                 Table
-    DIR/                         class folders, as in ImageFolder                           Tree
-    cifar10:DIR, cifar100:DIR    CIFAR as torchvision keeps it in DIR                       Cifar
+    shapes:N                     captioned drawings, made on demand, with planted faults   Shapes
+    cc3m/{00000..00331}.tar      img2dataset / webdataset shards; globs; A::B joins sets   Shards
+    pairs.csv, pairs.tsv         columns filepath and title                                Table
+    DIR/                         class folders, as in ImageFolder                          Tree
+    cifar10:DIR, cifar100:DIR    CIFAR as torchvision keeps it in DIR                      Cifar
+
+A source is a subclass of `Source` with
+
+    __len__()                number of samples
+    image(id, draft=None)    RGB picture; it may be decoded smaller, if its sides stay at least `draft`
+    caption(id)              text; by default the class name, put into the first of `templates`
+    where(id)                file or row of a sample, for messages
+    fingerprint()            hash of the data, which a resumed run compares
+
+and, where it has them, `truth` (planted faults: name -> mask (N,)), `classes` (names) and `labels` (N,), and
+`skipped` (what is left out of the user's data: kind -> number). If `image` or `caption` raises an exception,
+`Samples` takes another sample.
 
 Two map-style datasets read a source: `Pairs` gives images and tokens (CLIP), `Views` two crops of each image
-(MoCo). Nothing in them ever changes, and pruning lives in the sampler alone, so that pruned samples cost no
-read and no decoding. Needs torch, torchvision, numpy and Pillow.
+(MoCo). They are immutable: only the sampler prunes, so a pruned sample is neither read nor decoded. Needs
+torch, torchvision, numpy and Pillow.
 """
 
-import codecs
 import contextlib
 import csv
 import functools
@@ -28,65 +37,67 @@ import math
 import multiprocessing
 import os
 import re
-import stat
 import sys
 import tarfile
 import time
 from array import array
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do: one line for the user."""
+    """One line for the user: what is wrong, where, and what to do."""
 
 
 # ---------------------------------------------------------------- bytes to pictures and text
 
 
-# what Pillow may take bytes for: of its other formats some start programs (EPS), some match any text
+# the formats that Pillow may read: EPS would start Ghostscript, and some others match arbitrary text
 _FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
-EXTENSIONS = "jpg jpeg png webp gif bmp tif tiff ppm pgm avif".split()  # of the files that are pictures
+EXTENSIONS = "jpg jpeg png webp gif bmp tif tiff ppm pgm avif".split()
 _MOST_PIXELS = 1024**3 // 12  # of a 256 MB picture
-Image.MAX_IMAGE_PIXELS = None  # `decode` refuses larger ones; Pillow would print a warning before
-Image.core.set_blocks_max(4)  # else Pillow returns its memory after each picture: a quarter of decoding
+Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit; Pillow would print a warning first
+Image.core.set_blocks_max(4)  # let Pillow keep its buffers: decoding is 25 % faster
+_UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose
 
 
 def decode(data, draft=None):
-    """Bytes of an image file -> RGB picture, upright. ValueError or OSError for what is none.
+    """Decode the bytes of an image file to an upright RGB picture. Raises ValueError or OSError.
 
-    Alpha is laid on white; 16-bit grey is scaled to 8; of animations the first frame. draft: a JPEG may be
-    decoded at 1/2, 1/4 .. of its size, if its sides stay at least `draft`.
+    Puts alpha on white, scales 16-bit grey to 8 bits, takes the first frame of an animation. draft: decode a
+    JPEG at 1/2, 1/4 or 1/8 of its size as long as its sides stay at least this long.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (UnidentifiedImageError, KeyError):  # KeyError: a Pillow without AVIF
         raise ValueError(f"no picture, but {len(data):,} bytes: {data[:12]!r}") from None
     short, long = sorted(picture.size)
-    if short * long > _MOST_PIXELS or long > 1000 * short:  # of a line, eval_transform would make a giant
+    if short * long > _MOST_PIXELS or long > 1000 * short:  # resizing by the short side makes long ones huge
         raise ValueError(f"{picture.width} x {picture.height} pixels")
-    # Damage that Pillow draws without a word: a wrong checksum; zeros that a cut download or a crash left
-    if picture.format == "PNG":
-        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-    elif picture.format in ("JPEG", "MPO") and data.endswith(bytes(8)):
-        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
-            raise ValueError("a JPEG that ends in zeros")
     if draft:
         picture.draft("RGB", (draft, draft))
-    ImageOps.exif_transpose(picture, in_place=True)
+    picture.load()  # turns TIFFs upright
+    try:
+        orientation = picture.getexif().get(274)
+    except Exception:  # broken EXIF raises errors of many types, and is no reason to lose the picture
+        orientation = None
+    if orientation in _UPRIGHT:
+        picture = picture.transpose(Image.Transpose(_UPRIGHT[orientation]))
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, dtype=np.float32)
         if not np.isfinite(values).all():
             raise ValueError("pixels that are not finite")
-        top = 65535 if picture.mode.startswith("I") else max(float(values.max()), 1e-6)
+        top = max(float(values.max()), 65535 if picture.mode.startswith("I") else 1e-6)
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -95,80 +106,57 @@ def decode(data, draft=None):
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-_LOG_RATIOS = math.log(3 / 4), math.log(4 / 3)  # of a crop's width to its height
-
-
 class RandomCrop:
     """torchvision's RandomResizedCrop, with the same draws: RGB picture -> (3, size, size) uint8.
 
-    torch resizes four times as fast as Pillow (of its values some differ, by a grey level or two), and
-    torchvision's own way of drawing takes four times as long.
+    torch resizes four times as fast as Pillow; a few values differ by a grey level or two.
     """
 
     def __init__(self, size, smallest, mode="bicubic"):
         self.size, self.areas, self.mode = (size, size), (smallest, 1.0), mode
-        self.draft = math.ceil(size / math.sqrt(smallest))  # so large, the smallest crop still has `size`
+        # decode at least this large, so that the smallest crop has `size` pixels
+        self.draft = math.ceil(size / math.sqrt(smallest))
 
     def __call__(self, picture):
+        top, left, height, width = v2.RandomResizedCrop.get_params(picture, self.areas, (3 / 4, 4 / 3))
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, height, width)
-        top, left, h, w = self.box(picture.height, picture.width)
-        crop = image[None, :, top : top + h, left : left + w]
+        crop = image[None, :, top : top + height, left : left + width]
         return F.interpolate(crop, self.size, mode=self.mode, antialias=True)[0]
-
-    def box(self, height, width):
-        """A random part of a picture: top, left, height, width."""
-        draw = torch.empty(1)
-        for _ in range(10):
-            area = height * width * draw.uniform_(*self.areas).item()
-            ratio = draw.uniform_(*_LOG_RATIOS).exp_().item()
-            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-            if 0 < h <= height and 0 < w <= width:
-                top, left = (torch.randint(room + 1, (1,)).item() for room in (height - h, width - w))
-                return top, left, h, w
-        ratio = min(max(width / height, 3 / 4), 4 / 3)  # the middle, as large as it may be
-        h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
-        return (height - h) // 2, (width - w) // 2, h, w
 
 
 def eval_transform(size, crop=1.0, interpolation=v2.InterpolationMode.BICUBIC):
-    """The middle of a picture (3, size, size) uint8: `crop` is its share of the shorter side."""
+    """The centre of a picture, (3, size, size) uint8. crop: its share of the shorter side."""
     resize = v2.Resize(round(size / crop), interpolation=interpolation)
     return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
-_LONGEST_CAPTION = 1 << 12  # bytes or characters: the 77 tokens take a few hundred, and BPE squares the rest
-
-
 def clean(caption):
-    """A caption, cut to what a tokenizer may need. ValueError for what is no text: NULs, half a character."""
-    caption = caption[:_LONGEST_CAPTION]
-    try:
-        caption.encode()  # bytes that are not UTF-8 were read as surrogates, which do not encode
-    except UnicodeEncodeError as error:
-        raise ValueError(f"its caption is not UTF-8 after {caption[: error.start][-20:]!r}") from None
+    """Check a caption, and cut it to what 77 tokens can use: BPE is quadratic in the length of a word."""
+    caption = caption[:4096]
     if "\0" in caption:
         raise ValueError("a NUL in its caption")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # surrogates: bytes that are not UTF-8, or half a character in JSON
+        raise ValueError(f"its caption is not UTF-8 after {caption[: error.start][-20:]!r}") from None
     return caption
 
 
 def pad(tokens):
     """Token arrays -> (b, longest) int64; the text tower is causal, so shorter padding changes nothing."""
-    out = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.int64)
-    for row, ids in zip(out, tokens, strict=True):
-        row[: len(ids)] = torch.as_tensor(ids)
-    return out
+    return pad_sequence([torch.as_tensor(ids) for ids in tokens], batch_first=True)
 
 
 # ---------------------------------------------------------------- sources
 
 
 class Strings:
-    """A list of strings in two arrays: millions of them cost their bytes, and workers share the pages."""
+    """A list of strings in two arrays: compact, and shared copy-on-write with loading processes."""
 
     def __init__(self, strings):
         joined, ends = bytearray(), array("q", [0])
         for string in strings:
-            joined += string.encode("utf-8", "surrogateescape")
+            joined += os.fsencode(string)
             ends.append(len(joined))
         self._bytes, self._ends = np.frombuffer(joined, np.uint8), np.frombuffer(ends, np.int64)
 
@@ -176,14 +164,14 @@ class Strings:
         return len(self._ends) - 1
 
     def __getitem__(self, i):
-        return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode("utf-8", "surrogateescape")
+        return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]].tobytes())
 
     def digest(self):
         return _sha256(self._bytes, self._ends)
 
 
 def _sha256(*parts):
-    """Hex digest of bytes and arrays, one after the other, without a copy of them."""
+    """Hex digest of bytes and arrays, one after the other, without copying them."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -191,9 +179,11 @@ def _sha256(*parts):
 
 
 def _classes(names):
-    """Names of the samples' classes -> (classes, sorted, numbers as numbers; labels (N,))."""
+    """Class name of each sample -> (classes, sorted, numbers as numbers; labels (N,)). One class is none."""
     found = {}
     labels = np.fromiter((found.setdefault(name, len(found)) for name in names), np.int32)
+    if len(found) < 2:
+        return None, None
     classes = sorted(found, key=int if all(re.fullmatch("[0-9]+", name) for name in found) else None)
     place = {name: k for k, name in enumerate(classes)}
     return classes, np.array([place[name] for name in found])[labels]
@@ -201,33 +191,47 @@ def _classes(names):
 
 @contextlib.contextmanager
 def _naming(path):
-    """An OSError becomes the user's line."""
+    """Turn an OSError into a UserError that names the file."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
 
 
-def _status(path):
-    """os.stat of a regular file: who reads a pipe or a device may wait for ever. OSError for all others."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError("not a regular file")
-    return status
+def _refuse_compressed(path):
+    with _naming(path), open(path, "rb") as file:
+        # gzip, bzip2, xz, zstd, zip
+        if file.read(8).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")):
+            raise UserError(f"{path}: is compressed; unpack it first")
+
+
+def _printable(name):
+    """Escape the bytes of a file name that are not UTF-8: neither tokenizers nor terminals take them."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _kind(name):
+    """Name of a file -> its key in `Source.skipped`."""
+    return _printable(os.path.splitext(name)[1].lower()) or "without extension"
+
+
+def _left_out(skipped):
+    return "left out: " + (", ".join(f"{n:,} {kind}" for kind, n in skipped.most_common(8)) or "nothing")
 
 
 class Source:
-    """What is known of a source of `images`, if no more is."""
+    """Defaults shared by all sources."""
 
-    truth = {}  # name of a planted fault -> mask (N,)
-    classes, labels = None, None  # names, and (N,) int
-    skipped = {}  # extension -> number of files that were left out
+    truth = {}
+    classes, labels = None, None
+    skipped = Counter()
+    templates = ["a photo of a {}."]  # captions of a class, in training and in zero-shot evaluation
 
     def __len__(self):
         return len(self.images)
 
     def caption(self, i):
-        return self.classes[self.labels[i]]
+        return self.templates[0].replace("{}", self.classes[self.labels[i]])
 
 
 _TURN = np.pi / 2
@@ -247,8 +251,7 @@ class Shapes(Source):
 
     A tenth of the captions describe another picture (ill-matched), and a tenth of the samples are
     near-duplicates: copies up to pixel noise, four to an original, with the same caption. `truth` holds both
-    masks. zipf: the k-th most frequent class is 1/k as frequent as the first, as in data from the web.
-    Evaluation pictures (train=False) are clean, balanced over the classes, and drawn from other seeds.
+    masks. Evaluation pictures (train=False) are clean, balanced over the classes, and drawn from other seeds.
     """
 
     shapes = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "crescent")
@@ -260,12 +263,8 @@ class Shapes(Source):
     classes = [f"{colour} {shape}" for colour, shape in itertools.product(colours, shapes)]
     templates = [f"a {{}} on {ground}" for ground in grounds]
 
-    def __init__(self, n, size=64, seed=0, train=True, ill_matched=0.1, duplicates=0.1, zipf=False):
+    def __init__(self, n, size=64, seed=0, train=True, ill_matched=0.1, duplicates=0.1):
         self.n, self.size, self.seed, self.train = n, size, seed, train
-        self.zipf = zipf and train
-        frequency = 1 / np.arange(1, len(self.classes) + 1)
-        self.cumulative = np.cumsum(frequency / frequency.sum())
-        self.by_frequency = np.random.default_rng(8).permutation(len(self.classes))  # alike for every seed
         self.drawn_as = np.arange(n)  # the id whose drawing and caption a sample takes
         ill, copies = np.zeros(n, bool), np.zeros(n, bool)
         if train:
@@ -283,10 +282,7 @@ class Shapes(Source):
     def _attributes(self, i, salt=0):
         """(class, ground), all that the caption says; and the generator for what it does not."""
         rng = np.random.default_rng([self.seed, 2 + self.train, int(self.drawn_as[i]), salt])
-        if self.zipf:
-            label = int(self.by_frequency[min(np.searchsorted(self.cumulative, rng.random()), 63)])
-        else:
-            label = int(rng.integers(len(self.classes))) if self.train else int(i) % len(self.classes)
+        label = int(rng.integers(len(self.classes))) if self.train else int(i) % len(self.classes)
         return label, list(self.grounds)[rng.integers(len(self.grounds))], rng
 
     @functools.cached_property
@@ -326,62 +322,51 @@ class Shapes(Source):
         return f"shapes, id {i}"
 
     def fingerprint(self):
-        drawn_by = f"shapes {self.n} {self.size} {self.seed} {self.train}" + (" zipf" if self.zipf else "")
-        return _sha256(drawn_by.encode())
+        return _sha256(f"shapes {self.n} {self.size} {self.seed} {self.train}".encode())
 
 
-_MOST_OPEN = 128  # tars, of each process
-_LARGEST = 1 << 29  # bytes of a picture's file; of a longer one the rest is missing, and no decoder takes it
-_PARTS = dict.fromkeys(EXTENSIONS, 0) | {"txt": 1, "json": 2, "cls": 3}  # what a member is, by its extension
+_LARGEST = 1 << 29  # bytes of a member that are read: sizes are int32
+_PARTS = dict.fromkeys(EXTENSIONS, 0) | {"txt": 1, "json": 2, "cls": 3}  # extension -> place in Shards.parts
 
 
 class Shards(Source):
     """img2dataset / webdataset tar files, read by position: never extracted, never streamed.
 
-    Each tar is indexed once; the index (byte offsets) is cached under $XDG_CACHE_HOME and belongs to one
-    state of the tar. A sample is a run of members of one key: an image (the first), and a .txt or a .json
-    with "caption", without which it can't be read. Its class, if any, is in a .cls, or in the .json under
-    label_key. Links and folders in a tar are passed over.
+    Each tar is indexed once; the index (byte offsets) is cached under $XDG_CACHE_HOME until the tar changes.
+    A sample is what stands side by side under one key: an image, and a .txt or a .json with "caption". Its
+    class, if any, is in a .cls, or in the .json under label_key.
     """
 
     def __init__(self, paths, captions=True, label_key=None):
         self.paths, self.label_key = Strings(paths), label_key
-        self.stamps, tables = _index(paths)
+        self.stamps, tables, skipped = zip(*_index(paths), strict=True)
+        self.skipped = sum(skipped, Counter())
         self.first = np.cumsum([0] + [len(table) for table in tables])  # id of each tar's first sample
-        # of images, .txt, .json, .cls: (N, 2) int32, offset in blocks of 512 and size, -1 if absent
-        parts = (np.concatenate([table[:, k : k + 2] for table in tables]) for k in (0, 2, 4, 6))
+        # images, .txt, .json, .cls: (N, 2) int32, offset in blocks of 512 and size, -1 if absent
+        parts = [np.concatenate([table[:, k : k + 2] for table in tables]) for k in (0, 2, 4, 6)]
         self.parts = [part if (part[:, 1] >= 0).any() else None for part in parts]
-        self._files = {}
         if self.parts[0] is None or (captions and self.parts[1] is None and self.parts[2] is None):
-            what = "an image and a caption" if captions else "an image"
-            raise UserError(f"{paths[0]}: no sample with {what} in {len(paths)} tar file(s)")
+            what = f"no sample with {'an image and a caption' if captions else 'an image'}"
+            raise UserError(f"{paths[0]}: {what} in {len(paths)} tar file(s); {_left_out(self.skipped)}")
 
     def __len__(self):
         return int(self.first[-1])
 
-    def __getstate__(self):
-        return self.__dict__ | {"_files": {}}  # open files stay with their process
-
-    def _shard(self, i):
-        """Number of the tar that holds sample i, and the tar, open."""
+    def _pread(self, i, offset, size):
+        """Bytes of the tar that holds sample i, and the path of the tar."""
         shard = int(np.searchsorted(self.first, i, side="right")) - 1
-        if shard not in self._files:
-            if len(self._files) >= _MOST_OPEN:
-                self._files.pop(next(iter(self._files))).close()
-            with _naming(self.paths[shard]):
-                self._files[shard] = open(self.paths[shard], "rb", buffering=0)
-        return shard, self._files[shard]
+        path, stamp = self.paths[shard], self.stamps[shard]
+        file = _open_tar(path, stamp).fileno()
+        if _stamp(os.fstat(file)) != stamp:
+            raise UserError(f"{path}: changed since it was indexed; start again to index it anew")
+        return os.pread(file, size, offset), path
 
-    def _read(self, i, part, limit=_LARGEST):
-        """Bytes of one member, the first `limit` of them; None if the sample has none. part: as in _PARTS."""
+    def _read(self, i, part):
+        """Bytes of one member; None if the sample has none. part: as in _PARTS."""
         if self.parts[part] is None or self.parts[part][i, 1] < 0:
             return None
         block, size = self.parts[part][i].tolist()
-        shard, file = self._shard(i)
-        path, size = self.paths[shard], min(size, limit)
-        if _stamp(os.fstat(file.fileno())) != self.stamps[shard]:
-            raise UserError(f"{path}: changed since it was indexed; start again to index it anew")
-        data = _pread(file, size, 512 * block)
+        data, path = self._pread(i, 512 * block, size)
         if len(data) < size:
             raise UserError(f"{path}: ends before the member at byte {512 * block}")
         return data
@@ -390,18 +375,17 @@ class Shards(Source):
         return decode(self._read(i, 0), draft)
 
     def caption(self, i):
-        text = self._read(i, 1, _LONGEST_CAPTION)
-        if text is None:
-            caption = self.meta(i).get("caption")
-            if not isinstance(caption, str):
-                raise ValueError('no text under "caption" in its .json')
-            return clean(caption)
-        decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")  # what is amiss, `clean` finds
-        return clean(decoder.decode(text, final=len(text) < _LONGEST_CAPTION))  # else cut within a character
+        text = self._read(i, 1)
+        if text is not None:
+            return clean(text.decode("utf-8-sig", "surrogateescape"))
+        caption = self.meta(i).get("caption")
+        if not isinstance(caption, str):
+            raise ValueError('no text under "caption" in its .json')
+        return clean(caption)
 
     def meta(self, i):
         """The sample's JSON, a dict."""
-        content = self._read(i, 2, limit=1 << 22)
+        content = self._read(i, 2)
         if content is None:
             raise ValueError("neither a .txt nor a .json beside it")
         try:
@@ -413,7 +397,7 @@ class Shards(Source):
         return meta
 
     @functools.cached_property
-    def _labelled(self):  # when asked for, since every sample is read for it
+    def _labelled(self):  # on demand, since it reads every sample
         if self.label_key or self.parts[3] is not None:
             return _classes(self._label(i) for i in range(len(self)))
         return None, None
@@ -423,7 +407,7 @@ class Shards(Source):
 
     def _label(self, i):
         try:
-            label = self.meta(i).get(self.label_key) if self.label_key else self._read(i, 3, limit=1 << 10)
+            label = self.meta(i).get(self.label_key) if self.label_key else self._read(i, 3)
         except ValueError as error:
             raise UserError(f"{self.where(i)}: {error}") from None
         if isinstance(label, bytes):
@@ -434,175 +418,144 @@ class Shards(Source):
         return str(label)
 
     def where(self, i):
-        shard, file = self._shard(i)
         at = 512 * int(self.parts[0][i, 0])
-        name = _pread(file, 100, at - 512).partition(b"\0")[0].decode("utf-8", "replace")
-        return f"{self.paths[shard]}, {name} at byte {at}"
+        header, path = self._pread(i, at - 512, 100)
+        name = header.partition(b"\0")[0].decode("utf-8", "replace")
+        return f"{path}, {name} at byte {at}"
 
     def fingerprint(self):
         names = "\n".join(os.path.basename(path) for path in self.paths)
-        parts = (part for part in self.parts if part is not None)
-        return _sha256(names.encode(), self.first, *parts)
-
-
-def _pread(file, size, offset):
-    """Bytes of an open file from `offset` on, fewer than `size` at its end alone."""
-    if not hasattr(os, "pread"):  # Windows, where workers are not forked and share no position
-        file.seek(offset)
-        return file.read(size)
-    data = b""
-    while len(data) < size and (more := os.pread(file.fileno(), size - len(data), offset + len(data))):
-        data += more
-    return data
+        parts = [part for part in self.parts if part is not None]
+        return _sha256(os.fsencode(names), self.first, *parts)
 
 
 def _stamp(status):
     return status.st_size, status.st_mtime_ns
 
 
-_MANY_TARS = 16  # new ones, of thousands of samples each: then it pays to start processes
+@functools.lru_cache(128)  # of the tars, this many stay open in each process
+def _open_tar(path, stamp):  # a tar with another stamp is opened anew
+    with _naming(path):
+        return open(path, "rb", buffering=0)
 
 
 def _index(paths):
-    """-> stamp of each tar, and where its samples' parts are: (n, 8) int32 as in Shards.parts.
+    """For each tar: its stamp, (n, 8) int32 with the columns of Shards.parts, and what is left out.
 
-    Each rank goes through all of them, from a place of its own on, and finds in the cache what another has
-    indexed by then: so the ranks share the work, and none waits for another.
+    Each rank starts at another tar, and finds in the cache what other ranks have indexed by then: the ranks
+    share the work without waiting for each other.
     """
-    rank, ranks = (int(os.environ.get(name, k)) for name, k in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     start = len(paths) * rank // ranks
-    paths = paths[start:] + paths[:start]
-    new = sum(not os.path.exists(_cache(path)[1]) for path in paths)
+    rotated = paths[start:] + paths[:start]
     processes = (os.cpu_count() or 1) // ranks
-    pool, found = contextlib.nullcontext(), map(_tar_index, paths)
-    alone = sys.platform != "linux" or multiprocessing.current_process().daemon  # which may have no children
-    if new >= _MANY_TARS and processes > 1 and not alone:  # forked, as loading processes are
-        pool = multiprocessing.get_context("fork").Pool(processes)
-        found = pool.imap(_tar_index, paths)
-    indexes, samples = [], 0
-    due, shown = time.monotonic() + 2, False  # a progress line, if it takes longer
-    with pool:
-        for done, index in enumerate(found, 1):
-            indexes.append(index)
-            samples += len(index[1])
-            if rank == 0 and (time.monotonic() > due or shown and done == len(paths)):
-                due, shown = time.monotonic() + 1, True
-                line = f"\rindexing: {done:,} of {len(paths):,} tar files, {samples:,} samples"
-                print(line, end="\n" if done == len(paths) else "", file=sys.stderr, flush=True)
-    return zip(*indexes[len(paths) - start :], *indexes[: len(paths) - start])
+    if sys.platform == "linux" and processes > 1 and len(paths) >= 16:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+            indexes = _with_progress(pool.map(_tar_index, rotated), len(paths), rank)
+    else:
+        indexes = _with_progress(map(_tar_index, rotated), len(paths), rank)
+    end = len(paths) - start
+    return indexes[end:] + indexes[:end]
 
 
-def _cache(path):
-    """Stamp of a tar, and the file that keeps the index of the tar in this state."""
-    with _naming(path):
-        status = _status(path)
-    state = f"6 {os.path.realpath(path)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan"
-    return _stamp(status), folder / _sha256(state.encode())[:32]
+def _with_progress(found, total, rank):
+    """List the indexes as they come; rank 0 shows how many if that takes longer than two seconds."""
+    indexes, samples, due, shown = [], 0, time.monotonic() + 2, False
+    for index in found:
+        indexes.append(index)
+        samples += len(index[1])
+        finished = len(indexes) == total
+        if rank == 0 and (time.monotonic() > due or (shown and finished)):
+            due, shown = time.monotonic() + 1, True
+            line = f"\rindexing: {len(indexes):,} of {total:,} tar files, {samples:,} samples"
+            print(line, end="\n" if finished else "", file=sys.stderr, flush=True)
+    return indexes
 
 
 def _tar_index(path):
-    """-> a tar's stamp, and (n, 8) int32: the parts of its samples, from the cache or from the tar itself."""
-    stamp, cache = _cache(path)
-    with contextlib.suppress(OSError):
-        cached = cache.read_bytes()
-        if cached[:32] == hashlib.sha256(cached[32:]).digest():
-            return stamp, np.frombuffer(cached[32:], np.int32).reshape(-1, 8)
-
-    with _naming(path), open(path, "rb", buffering=0) as file:
-        try:
-            try:
-                table = _samples(_plain_members(file))
-            except ValueError:  # something unusual, or damaged
-                table = _samples(_members(file))
-        except Exception as error:  # whatever tarfile makes of broken headers
-            what = f"not a whole tar file ({str(error) or type(error).__name__})"
-            raise UserError(f"{path}: {what}; fetch it again, or leave it out") from None
-    with contextlib.suppress(OSError):  # a cache that can't be written only costs time
+    """Index one tar, or take its index from the cache."""
+    with _naming(path):
+        stamp = _stamp(os.stat(path))
+    cache = None
+    with contextlib.suppress(Exception):  # no HOME, no such file, a damaged one: then index the tar
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scan"
+        cache = folder / _sha256(os.fsencode(f"7 {os.path.realpath(path)} {stamp}"))[:32]
+        with np.load(cache) as saved:
+            return stamp, saved["table"], Counter(json.loads(str(saved["skipped"])))
+    _refuse_compressed(path)
+    skipped = Counter()
+    try:
+        table = _samples(_members(path, skipped), skipped)
+    except UserError:
+        raise
+    except Exception as error:  # broken headers make tarfile raise errors of many types
+        what = f"not a whole tar file ({str(error) or type(error).__name__})"
+        raise UserError(f"{path}: {what}; fetch it again, or leave it out") from None
+    with contextlib.suppress(Exception):  # no HOME, a full disk: do without a cache
         cache.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        np.savez(content, table=table, skipped=json.dumps(skipped))
         temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(hashlib.sha256(table).digest() + table.tobytes())
+        temporary.write_bytes(content.getvalue())
         temporary.replace(cache)
-    return stamp, table
+    return stamp, table, skipped
 
 
-def _samples(members):
-    """(name, offset, size) of a tar's files -> (n, 8) int32, the runs of one key that hold an image."""
-    table, last_key = array("i"), None
-    for name, offset, size in members:
-        start = name.find(".", name.rfind("/") + 1) + 1  # of the extension
-        part = _PARTS.get(name[start:].lower()) if start else None
-        if part is None:
-            continue
-        if name[:start] != last_key:
-            table.extend([-1] * 8)
-            last_key = name[:start]
-        at = 2 * part - 8  # in the last row
-        if table[at + 1] < 0:
-            table[at], table[at + 1] = offset // 512, min(size, _LARGEST)
-    table = np.array(table, np.int32).reshape(-1, 8)
-    return table[table[:, 1] >= 0]
-
-
-# A header as tar programs write it for files, links and folders with short names: numbers with leading zeros
-# (mode, owner, group, size, time, checksum), kind, target of a link, "ustar", names, device, and no prefix.
-_PLAIN = re.compile(
-    rb"(?:[0-7]{6}[0-7 ][ \0]){3}([0-7]{11})[ \0][0-7]{11}[ \0]([0-7]{6})[ \0]{2}([\x000125x]).{100}"
-    rb"ustar(?:\x0000|  \0).{64}(?:[0-7]{6}[0-7 ][ \0]|\0{8}){2}\0",
-    re.DOTALL,
-)
-_TIMES = re.compile(rb"(?:\d+ [acm]time=-?\d+\.?\d*\n)+\0*")
-
-
-def _plain_members(file):
-    """As `_members`, three times as fast, of tars without rare things in them. ValueError for others."""
-    at, kind = 0, None
-    while plain := _PLAIN.match(header := _pread(file, 1024, at), 100):
-        size, checksum, kind = int(plain[1], 8), int(plain[2], 8), plain[3]
-        if sum(header[:148]) + sum(header[156:512]) + 256 != checksum:  # its own eight bytes count as spaces
-            raise ValueError
-        at += 512
-        if kind == b"x":  # attributes of the next member, of which exact times change nothing
-            if not _TIMES.fullmatch(header, 512):
-                raise ValueError
-            at += 512
-        elif kind in b"\x000":
-            name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
-            if name.endswith("/"):
-                raise ValueError
-            yield name, at, size
-            at += (size + 511) // 512 * 512
-    if kind == b"x":
-        raise ValueError
-    _check_end(file, at)
-
-
-def _members(file):
-    """(name, offset, size) of a tar's regular files, in order, as tarfile finds them."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+def _members(path, skipped):
+    """Yield (name, offset, size) of a tar's regular files, in order; count links and hidden names."""
+    with _naming(path), tarfile.open(path, "r:") as tar:
         for member in tar:
-            tar.members = []  # else tarfile keeps every header it has seen
+            tar.members = []  # else tarfile keeps every header
             if member.size < 0:
                 raise ValueError("a member of negative size")
-            if member.isreg() and not member.issparse():
+            if any(part.startswith(".") and part.strip(".") for part in member.name.split("/")):
+                skipped["hidden"] += 1
+            elif member.isreg() and not member.issparse():
                 yield member.name, member.offset_data, member.size
-        _check_end(file, tar.offset)
+            elif not member.isdir():
+                skipped["link"] += 1
+        # tarfile takes damage for the end. A tar ends in zeros: two blocks of 512, filled up to 10 KiB or so
+        tar.fileobj.seek(tar.offset)
+        tail = tar.fileobj.read((1 << 20) + 1)
+        if not tail or tail.strip(b"\0") or len(tail) > 1 << 20:
+            raise ValueError(f"no end mark, but something else, at byte {tar.offset}")
 
 
-def _check_end(file, at):
-    """A tar ends in zeros: two blocks of 512, filled up to a record (10 KiB if not told otherwise)."""
-    tail = _pread(file, (1 << 20) + 1, at)
-    if not tail or tail.strip(b"\0") or len(tail) > 1 << 20:
-        raise ValueError(f"no end mark, but something else, at byte {at}")
+def _first_dot(member):
+    folder, base = os.path.split(member[0])
+    return os.path.join(folder, base.partition(".")[0])
 
 
-def _read_file(path):
-    _status(path)
-    with open(path, "rb") as file:
-        return file.read(_LARGEST)
+def _samples(members, skipped):
+    """(name, offset, size) of a tar's files -> (n, 8) int32 as in `_index`; count files that no sample uses.
+
+    A key ends at the last dot of a name: v1.2.jpg and v1.2.txt are a sample. For webdataset it ends at the
+    first: an image without a caption, such as 1.seg.png, then belongs to 1.jpg, and is left out.
+    """
+    table = array("i")
+    for short_key, group in itertools.groupby(members, key=_first_dot):
+        samples = {}  # key -> {part: (name, offset, size)}
+        for name, offset, size in group:
+            key, extension = os.path.splitext(name)
+            part = _PARTS.get(extension[1:].lower())
+            if part is None or part in samples.setdefault(key, {}):
+                skipped[_kind(name)] += 1
+            else:
+                samples[key][part] = name, offset, size
+        has_short = 0 in samples.get(short_key, {})
+        for key, parts in samples.items():
+            extra = has_short and key != short_key and 1 not in parts and 2 not in parts
+            if 0 not in parts or extra:
+                skipped.update(_kind(name) for name, _, _ in parts.values())
+                continue
+            row = [-1] * 8
+            for part, (_, offset, size) in parts.items():
+                row[2 * part : 2 * part + 2] = offset // 512, min(size, _LARGEST)
+            table.extend(row)
+    return np.array(table, np.int32).reshape(-1, 8)
 
 
-_END = "\x03 end of the table"
+_PICTURE_NAME = re.compile(rf"\w\.({'|'.join(EXTENSIONS)})\b", re.IGNORECASE)
 
 
 class Table(Source):
@@ -610,54 +563,53 @@ class Table(Source):
 
     def __init__(self, path, image_key="filepath", caption_key="title", label_key=None, captions=True):
         self.path, self.folder = path, os.path.dirname(os.path.abspath(path))
+        _refuse_compressed(path)
         csv.field_size_limit(1 << 26)
-        try:
-            _status(path)
-            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-                header = file.readline(1 << 16)
-            headers = {d: next(csv.reader([header], delimiter=d), []) for d in ",\t;|"}
-            needed = {image_key, caption_key} if captions else {image_key}
-            fitting = [d for d, names in headers.items() if needed <= set(names)]
-            if not fitting:
-                found = str(max(headers.values(), key=len))[:500]
+        with self._open() as file:
+            line = file.readline(1 << 16)
+        if "\0" in line:
+            raise UserError(f"{path}: is UTF-16, or no text at all; save it as UTF-8")
+        self.delimiter = max(",\t;|", key=line.count)
+        self.header = next(csv.reader([line], delimiter=self.delimiter), [])
+        keys = {"--img-key": image_key, "--caption-key": caption_key, "--label-key": label_key}
+        for flag, key in keys.items():
+            if key and key not in self.header and (captions or flag != "--caption-key"):
                 raise UserError(
-                    f"{path}: no columns {image_key!r} and {caption_key!r} in {found}; name yours with "
-                    "--img-key and --caption-key. Three lines for example: "
-                    f"{image_key},{caption_key} / images/1.jpg,a red car / images/2.jpg,two dogs"
+                    f"{path}: no column {key!r} in {str(self.header)[:500]}; name yours with {flag}. Three "
+                    f"lines for example: {image_key},{caption_key} / images/1.jpg,a red car / 2.jpg,two dogs"
                 )
-            self.images = Strings(self._column(image_key, fitting[0]))
-            self.captions = Strings(self._column(caption_key, fitting[0])) if captions else None
-            if label_key:
-                if label_key not in headers[fitting[0]]:
-                    raise UserError(f"{path}: no column {label_key!r} in {headers[fitting[0]]}")
-                self.classes, self.labels = _classes(self._column(label_key, fitting[0]))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
-        except csv.Error as error:
-            raise UserError(f"{path}: {error}; is a quote opened and never closed?") from None
+        self.images = Strings(self._column(image_key))
+        self.captions = Strings(self._column(caption_key)) if captions else None
+        if label_key:
+            self.classes, self.labels = _classes(self._column(label_key))
         if not len(self.images):
             raise UserError(f"{path}: no rows below the header")
 
-    def _column(self, key, delimiter):
-        # paths keep the bytes that are not UTF-8, by surrogates; in captions `clean` finds them
-        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            # a last line of ours: an open quote would make one caption of all lines after it
-            rows = csv.reader(itertools.chain(file, [_END + delimiter + _END]), delimiter=delimiter)
-            header, opened = next(rows), 1
-            for row in rows:
-                if row == [_END, _END]:
-                    return
-                if row and row[-1].endswith(_END):
-                    raise UserError(f"{self.path}, line {opened + 1}: a quote is opened and never closed")
-                opened = rows.line_num
-                if row and len(row) != len(header):
-                    counts = f"{len(row)} fields, the header has {len(header)}"
-                    raise UserError(f"{self.path}, line {opened}: {counts}")
-                if row:
-                    yield row[header.index(key)]
+    def _open(self):
+        # keep bytes that are not UTF-8 as surrogates: paths may hold them, and `clean` finds them in captions
+        with _naming(self.path):
+            return open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+    def _column(self, key):
+        """Yield the values of a column. Refuses rows that do not fit the header."""
+        with self._open() as file:
+            rows, first = csv.reader(file, delimiter=self.delimiter, strict=True), 1
+            try:
+                for row in rows:
+                    lines = self.delimiter.join(row).split("\n")
+                    if row and len(row) != len(self.header):
+                        raise csv.Error(f"{len(row)} fields, the header has {len(self.header)}")
+                    if len(lines) > 1 and all(_PICTURE_NAME.search(line) for line in lines):
+                        raise csv.Error(f"a field that holds {len(lines)} lines with pictures")
+                    if row and first > 1:
+                        yield row[self.header.index(key)]
+                    first = rows.line_num + 1
+            except csv.Error as error:
+                hint = 'a field that begins with a " must end with one, and have "" for those within'
+                raise UserError(f"{self.path}, line {first}: {error}; {hint}") from None
 
     def image(self, i, draft=None):
-        return decode(_read_file(os.path.join(self.folder, self.images[i])), draft)
+        return decode(Path(self.folder, self.images[i]).read_bytes(), draft)
 
     def caption(self, i):
         return clean(self.captions[i])
@@ -676,56 +628,92 @@ class Table(Source):
         return _sha256(self.images.digest().encode(), captions.encode())
 
 
-def _pictures(folder, skipped, seen):
-    """Paths of the pictures below a folder; counts other files in `skipped`.
-
-    A folder that links lead to twice counts once: a link to one above would repeat its pictures without end.
-    """
-    place = os.path.realpath(folder)
-    if place in seen:
-        return
-    seen.add(place)
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        extension = os.path.splitext(entry.name)[1].lower()
-        if entry.is_dir():
-            yield from _pictures(entry.path, skipped, seen)
-        elif extension[1:] in EXTENSIONS:
-            yield entry.path
-        else:
-            skipped[extension or entry.name] += 1
+_SPLITS = {True: ["train", "training"], False: ["val", "valid", "validation", "test", "testing"]}
 
 
 class Tree(Source):
-    """Class folders, as in torchvision's ImageFolder; of DIR/train and DIR/val, `split` where they exist.
+    """Class folders, as in torchvision's ImageFolder; of DIR/train, DIR/val and such, the one that fits.
 
-    captions=False: a folder without class folders will do, of pictures alone.
+    captions=False: any folder of pictures will do. Fewer than two folders with pictures are no classes.
     """
 
-    def __init__(self, root, split="train", captions=True):
-        root = os.path.join(root, split) if os.path.isdir(os.path.join(root, split)) else root
-        self.skipped = Counter()
+    def __init__(self, root, train=True, captions=True):
+        self.skipped, self.captioned = Counter(), 0
         with _naming(root):
-            classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-            folders = [os.path.join(root, name) for name in classes] or [root]
-            # of each folder in ImageFolder's order
-            files = [sorted(_pictures(f, self.skipped, set()), key=os.path.split) for f in folders]
-        paths = list(itertools.chain.from_iterable(files))
-        if classes:
-            self.classes, self.labels = classes, np.repeat(range(len(files)), [len(f) for f in files])
-        if not classes and (captions or not paths):
-            raise UserError(f"{root}: no class folders with pictures in it")
+            self.root = self._split(root, train)
+            paths = [os.path.relpath(path, self.root) for path in self._pictures(self.root, set())]
+        paths.sort(key=lambda path: (_class_of(path), os.path.split(path)))  # as ImageFolder sorts
+        names = sorted({_class_of(path) for path in paths} - {""})
+        problem = None
         if not paths:
-            raise UserError(f"{root}: no pictures in its class folders ({', '.join(self.classes[:5])} ...)")
-        self.root, self.images = root, Strings(os.path.relpath(path, root) for path in paths)
+            problem = f"no pictures in it; {_left_out(self.skipped)}"
+            if self.skipped[".tar"]:
+                problem += f"; give tar shards as '{self.root}/*.tar'"
+        elif self.captioned > len(paths) / 2:
+            problem = (
+                "has a .txt or .json beside each picture: captions are read from .tar shards or a .csv only"
+            )
+        elif len(names) < 2:
+            problem = f"no class folders, or only one: {names}"
+        if problem and (captions or not paths):
+            raise UserError(f"{self.root}: {problem}")
+        if not problem:
+            self.skipped.update(_kind(path) for path in paths if not _class_of(path))
+            paths = [path for path in paths if _class_of(path)]
+            number = {name: k for k, name in enumerate(names)}
+            self.classes = [_printable(name) for name in names]
+            self.labels = np.array([number[_class_of(path)] for path in paths])
+        self.images = Strings(paths)
+
+    def _split(self, root, train):
+        """Choose the folder of DIR that is the split; DIR itself if it has no splits."""
+        entries = {entry.name.lower(): entry for entry in os.scandir(root)}
+        splits = [name for name in sum(_SPLITS.values(), []) if name in entries and entries[name].is_dir()]
+        fitting = [name for name in splits if name in _SPLITS[train]]
+        if not splits:
+            return root
+        if not fitting:
+            raise UserError(
+                f"{root}: has {', '.join(splits)}, but no {_SPLITS[train][0]}; give one of its folders"
+            )
+        for name in entries.keys() - set(splits):
+            self.skipped["folder beside the splits" if entries[name].is_dir() else _kind(name)] += 1
+        return entries[fitting[0]].path
+
+    def _pictures(self, folder, seen):
+        """Yield the paths of the pictures below a folder, and count everything else."""
+        place = os.path.realpath(folder)
+        if place in seen:  # a link to a folder above would repeat its pictures without end
+            self.skipped["repeated folder"] += 1
+            return
+        seen.add(place)
+        entries = {entry.name: entry for entry in os.scandir(folder)}
+        for name in sorted(entries):
+            stem, extension = os.path.splitext(name)
+            if name.startswith("."):
+                self.skipped["hidden"] += 1
+            elif entries[name].is_dir():
+                yield from self._pictures(entries[name].path, seen)
+            elif extension[1:].lower() in EXTENSIONS:
+                self.captioned += f"{stem}.txt" in entries or f"{stem}.json" in entries
+                yield entries[name].path
+            else:
+                self.skipped[_kind(name)] += 1
 
     def image(self, i, draft=None):
-        return decode(_read_file(self.where(i)), draft)
+        return decode(Path(self.where(i)).read_bytes(), draft)
 
     def where(self, i):
         return os.path.join(self.root, self.images[i])
 
     def fingerprint(self):
         return self.images.digest()
+
+
+def _class_of(path):
+    """The first folder of a relative path; "" if it has none."""
+    folder, slash, _ = path.partition(os.sep)
+    return folder if slash else ""
 
 
 class Cifar(Source):
@@ -750,12 +738,17 @@ class Cifar(Source):
 
 
 def _expand(pattern):
-    """Braces {00000..00331} and {a,b}, then globs -> paths, in order."""
-    brace = re.search(r"\{([^{}]*)\}", pattern)
+    """Expand braces {00000..00331} and {a,b}, then globs. A path or folder that exists is taken literally."""
+    if os.path.exists(pattern):
+        return [pattern]
+    folder, name = os.path.split(pattern)
+    if not os.path.isdir(folder):
+        folder, name = "", pattern
+    brace = re.search(r"\{([^{}]*)\}", name)
     if not brace:
-        paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), name)))
         if not paths:
-            raise UserError(f"{pattern}: matches no file")
+            raise UserError(f"{pattern}: no such file")
         return paths
     parts = brace[1].split(",")
     if span := re.fullmatch(r"(\d+)\.\.(\d+)", brace[1]):
@@ -763,40 +756,50 @@ def _expand(pattern):
         parts = [str(k).zfill(len(first)) for k in range(int(first), int(last) + 1)]
     if not parts:
         raise UserError(f"{pattern}: the range {brace[0]} is empty")
-    return [p for part in parts for p in _expand(pattern[: brace.start()] + part + pattern[brace.end() :])]
+    before, after = os.path.join(folder, name[: brace.start()]), name[brace.end() :]
+    return [path for part in parts for path in _expand(before + part + after)]
 
 
 def open_source(
     spec, *, train=True, size=64, seed=0, captions=True, download=False,
-    image_key="filepath", caption_key="title", label_key=None
+    image_key="filepath", caption_key="title", label_key=None, templates=None
 ):  # fmt: skip
-    """A --data argument -> its source. Raises UserError.
+    """Open the source that a --data argument names. Raises UserError.
 
-    size: edge of drawn pictures. captions: whether they are needed. label_key: the CSV column, or the key in
-    the JSON of tar shards, that names the class of a sample. download: fetch CIFAR if it is missing.
+    size: edge of drawn pictures. captions: whether they are needed. download: fetch CIFAR if it is missing.
+    label_key: the CSV column, or the key in the JSON of tar shards, that names the class of a sample.
+    templates: captions of a class, {} being its name; default: the source's own.
     """
-    shapes = re.fullmatch(r"shapes(?::(\d+)(,zipf)?)?", spec)
+    shapes = re.fullmatch(r"shapes(?::(\d+))?", spec)
     cifar = re.fullmatch(r"(cifar100?)(?::(.+))?", spec)
     if shapes:
         n = int(shapes[1] or (1024 if train else 512))
         if n < 2:
             raise UserError(f"--data {spec}: needs at least 2 pictures")
-        return Shapes(n, size, seed, train, zipf=bool(shapes[2]))
-    if cifar:
-        return Cifar(cifar[1], cifar[2] or "data", train, download)
-    if re.search(r"\.tar(\}|$|::)", spec):
-        return Shards([path for part in spec.split("::") for path in _expand(part)], captions, label_key)
-    if spec.endswith((".csv", ".tsv")):
-        return Table(spec, image_key, caption_key, label_key, captions)
-    for name, folder in (("cifar10", CIFAR10.base_folder), ("cifar100", CIFAR100.base_folder)):
-        if os.path.isdir(os.path.join(spec, folder)):
-            return Cifar(name, spec, train)
-    if os.path.isdir(spec):
-        return Tree(spec, "train" if train else "val", captions)
-    raise UserError(
-        f"{spec}: neither shapes[:N[,zipf]], nor .tar files (braces, globs, A::B), nor a .csv or .tsv file, "
-        "nor a folder of classes, nor cifar10[:DIR] or cifar100[:DIR]"
-    )
+        source = Shapes(n, size, seed, train)
+    elif cifar:
+        source = Cifar(cifar[1], cifar[2] or "data", train, download)
+    elif os.path.isdir(os.path.join(spec, CIFAR10.base_folder)):
+        source = Cifar("cifar10", spec, train)
+    elif os.path.isdir(os.path.join(spec, CIFAR100.base_folder)):
+        source = Cifar("cifar100", spec, train)
+    elif os.path.isdir(spec):
+        source = Tree(spec, train, captions)
+    elif re.search(r"\.tar(\}|$|::)", spec):
+        parts = [spec] if os.path.exists(spec) else spec.split("::")
+        source = Shards([path for part in parts for path in _expand(part)], captions, label_key)
+    elif spec.endswith((".csv", ".tsv")):
+        source = Table(spec, image_key, caption_key, label_key, captions)
+    else:
+        if os.path.isfile(spec):
+            _refuse_compressed(spec)
+        raise UserError(
+            f"{spec}: neither shapes[:N], nor .tar files (braces, globs, A::B), nor a .csv or .tsv file, "
+            "nor a folder of classes, nor cifar10[:DIR] or cifar100[:DIR]"
+        )
+    if templates:
+        source.templates = templates
+    return source
 
 
 # ---------------------------------------------------------------- datasets

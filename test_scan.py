@@ -14,6 +14,7 @@ import pickle
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -30,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -1245,8 +1246,7 @@ def bytes_in(value):
     return f"{len(value)} bytes" if isinstance(value, bytes) else None
 
 
-ORIENTED = Image.Exif()
-ORIENTED[274] = 6  # to be turned by a quarter
+GREY = Image.new("RGB", (40, 20), (9, 9, 9))
 
 
 @pytest.mark.parametrize("content, size, pixel", [
@@ -1259,9 +1259,10 @@ ORIENTED[274] = 6  # to be turned by a quarter
     (jpeg((200, 30, 30), form="BMP", size=(1, 1)), (1, 1), (200, 30, 30)),
     (encoded(Image.fromarray(np.full((4, 4), 30000, np.uint16))), (4, 4), (117, 117, 117)),
     (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), (4, 4), (255, 255, 255)),
+    (encoded(Image.fromarray(np.int32([[200_000, 400_000]])), "TIFF"), (2, 1), (127, 127, 127)),
+    (encoded(Image.fromarray(np.int32([[30_000, 60_000]])), "TIFF"), (2, 1), (116, 116, 116)),
     (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0))), (4, 4), (255, 255, 255)),
     (encoded(Image.new("LA", (4, 4), (0, 128))), (4, 4), (127, 127, 127)),
-    (encoded(Image.new("RGB", (40, 20), (9, 9, 9)), "JPEG", exif=ORIENTED), (20, 40), (9, 9, 9)),
 ], ids=bytes_in)  # fmt: skip
 def test_pictures_of_every_kind_become_rgb(content, size, pixel):
     picture = data.decode(content)
@@ -1269,13 +1270,44 @@ def test_pictures_of_every_kind_become_rgb(content, size, pixel):
     assert np.abs(np.array(picture.getpixel((0, 0))) - pixel).max() <= 5
 
 
+def with_exif(entries, form="JPEG", picture=GREY):
+    """entries: (tag, type, number, four bytes), written as they are."""
+    directory = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + bytes(4)
+    return encoded(picture, form, exif=exif)
+
+
+TURNED = (274, 3, 1, b"\6\0\0\0")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File")
+@pytest.mark.parametrize("content, size", [
+    (with_exif([TURNED]), (20, 40)), (with_exif([TURNED], "PNG"), (20, 40)),
+    (with_exif([TURNED, (282, 5, 1, b"\xff\xff\xff\0")]), (20, 40)),  # a resolution that lies outside
+    (with_exif([(256, 2, 4, b"640\0"), TURNED]), (20, 40)),  # a width in letters
+    (with_exif([(274, 2, 4, b"top\0")]), (40, 20)), (with_exif([(274, 3, 1, b"\x63\0\0\0")]), (40, 20)),
+    (encoded(GREY, "JPEG", exif=b"Exif\0\0no TIFF at all"), (40, 20)),
+], ids=bytes_in)  # fmt: skip
+def test_of_exif_only_the_orientation_matters(content, size):
+    assert data.decode(content).size == size
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_every_orientation_is_turned_upright(form):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        content = encoded(noise(64, 48), form, exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        assert np.array_equal(data.decode(content), upright)
+
+
 def test_a_jpeg_is_decoded_no_smaller_than_the_draft():
     content = encoded(noise(400, 300), "JPEG")
     assert [data.decode(content, draft).size for draft in (None, 151, 150, 75)] == [
         (400, 300), (400, 300), (200, 150), (100, 75)
     ]  # fmt: skip
-    crop = data.RandomCrop(64, 0.25)
-    assert crop.draft == 128  # a quarter of the area of 128 x 128 is 64 x 64
+    assert data.RandomCrop(64, 0.25).draft == 128  # a quarter of the area of 128 x 128 is 64 x 64
 
 
 @pytest.mark.parametrize("mode, smallest", [("bicubic", 0.9), ("bilinear", 0.08)])
@@ -1292,22 +1324,6 @@ def test_random_crops_are_those_of_torchvision(mode, smallest):
         assert difference.max() <= 2 and (difference > 0).double().mean() < 0.1
 
 
-def test_a_crops_box_is_that_of_torchvision():
-    draw = np.random.default_rng(0)
-    sizes = draw.integers(1, draw.choice([3, 60, 700], (2000, 2)) + 1)
-    cases = [
-        (seed, height, width, (0.08, 0.9)[seed % 2]) for seed, (height, width) in enumerate(sizes.tolist())
-    ]
-    cases += [(1279, 4000, 3000, 0.08), (9543, 4000, 3000, 0.9)]  # another box, if exp were in float64
-    for seed, height, width, smallest in cases:
-        torch.manual_seed(seed)
-        ours, after = data.RandomCrop(48, smallest).box(height, width), torch.rand(1)
-        torch.manual_seed(seed)
-        picture = torch.empty(3, height, width, device="meta")
-        assert v2.RandomResizedCrop.get_params(picture, (smallest, 1.0), (3 / 4, 4 / 3)) == ours
-        assert torch.rand(1).equal(after)
-
-
 def test_evaluation_sees_the_middle():
     picture = noise(90, 60)
     for size, crop, side in ((32, 1.0, 32), (28, 0.875, 32)):
@@ -1320,7 +1336,7 @@ def test_evaluation_sees_the_middle():
     assert not plain.equal(data.eval_transform(32)(picture))
 
 
-# ---------------------------------------------------------------- data.py: sources
+# ---------------------------------------------------------------- data.py: tar files
 
 
 def refuses(path, message, **options):
@@ -1330,21 +1346,18 @@ def refuses(path, message, **options):
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture
-def seconds():
-    """Ten, for what might wait for a pipe or never end; then no Exception, which a dataset would catch."""
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("still not done"))
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-
-
 def write_tar(path, members, form=tarfile.DEFAULT_FORMAT, mtime=0):
+    """members: (name, content), or (name, kind, target) of a link."""
     with tarfile.open(path, "w", format=form) as tar:
-        for name, content in members:
+        for name, content, *target in members:
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(content), mtime
-            tar.addfile(info, io.BytesIO(content))
+            info.mtime = mtime
+            if target:
+                info.type, info.linkname = content, target[0]
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
     return str(path)
 
 
@@ -1356,22 +1369,66 @@ def shard(path, first, n):
     return write_tar(path, members)
 
 
+def captions_of(source):
+    return [source.caption(i) for i in range(len(source))]
+
+
 def test_shards_are_read_by_position(tmp_path):
     for k in range(3):
         shard(tmp_path / f"{k:05}.tar", 10 * k, 10)
     for spec in ("{00000..00002}.tar", "*.tar", "{00000,00001,00002}.tar"):
         source = data.open_source(str(tmp_path / spec))
-        assert [source.caption(i) for i in (0, 9, 10, 29)] == [f"caption {i}" for i in (0, 9, 10, 29)]
+        assert captions_of(source) == [f"caption {i}" for i in range(30)]
         assert source.meta(17) == {"key": 17} and source.image(17).size == (40, 30)
-        assert "00001.tar, 00017.jpg at byte" in source.where(17)
+        assert "00001.tar, 00017.jpg at byte" in source.where(17) and not source.skipped
     joined = data.open_source(f"{tmp_path}/00002.tar::{tmp_path}/00000.tar")
     assert len(joined) == 20 and joined.caption(0) == "caption 20"
-    copied = pickle.loads(pickle.dumps(joined))  # as loading processes may get it
-    assert not copied._files and copied.caption(19) == "caption 9"
+    assert pickle.loads(pickle.dumps(joined)).caption(19) == "caption 9"  # as loading processes may get it
     assert joined.fingerprint() != data.open_source(str(tmp_path / "0000[02].tar")).fingerprint()
     assert joined.fingerprint() == data.open_source(f"{tmp_path}/0000{{2,0}}.tar").fingerprint()
     Path(tmp_path / "00000.tar").rename(tmp_path / "3.tar")
     assert joined.fingerprint() != data.open_source(f"{tmp_path}/00002.tar::{tmp_path}/3.tar").fingerprint()
+
+
+@pytest.mark.parametrize("name", ["x [y]/0.tar", "a{1}.tar", "{a,b}/*.tar", "x::y.tar", "caf\udce9/0.tar"])
+def test_paths_that_exist_are_taken_literally(tmp_path, name):
+    path = tmp_path / name.replace("*", "0")
+    path.parent.mkdir(exist_ok=True)
+    shard(path, 7, 2)
+    for _ in range(2):  # by the cache too
+        source = data.open_source(str(tmp_path / name))
+        assert captions_of(source) == ["caption 7", "caption 8"] and len(source.fingerprint()) == 64
+    refuses(tmp_path / "*.rat.tar", "no such file")
+
+
+PICTURE = png("red")
+LEFT_OUT = [  # members of a tar; captions of its samples; what is left out
+    ([("v1.2.jpg", PICTURE), ("v1.2.txt", b"a"), ("v1.3.txt", b"b"), ("v1.3.jpg", PICTURE)], "ab", {}),
+    ([("v1.jpg", PICTURE), ("v1.txt", b"a"), ("v1.2.jpg", PICTURE), ("v1.2.txt", b"b")], "ab", {}),
+    ([("1.depth.png", PICTURE), ("1.jpg", PICTURE), ("1.seg.png", PICTURE), ("1.txt", b"a")], "a",
+     {".png": 2}),
+    ([("1.jpg", PICTURE), ("1.npy", b"x"), ("1.txt", b"a"), ("README", b"x")], "a",
+     {".npy": 1, "without extension": 1}),
+    ([("1.jpg", PICTURE), ("1.png", PICTURE), ("1.txt", b"a"), ("2.txt", b"b"), ("2.json", b"{}")], "a",
+     {".png": 1, ".txt": 1, ".json": 1}),
+    ([("1.jpg", PICTURE), ("1.txt", b"a"), ("2.jpg", tarfile.SYMTYPE, "1.jpg"), ("2.txt", b"a"),
+      ("3.jpg", tarfile.LNKTYPE, "1.jpg"), ("sub", tarfile.DIRTYPE, "")], "a", {"link": 2, ".txt": 1}),
+    ([("._1.jpg", b"x"), ("1.jpg", PICTURE), ("1.txt", b"a"), ("./.ipynb_checkpoints/1.jpg", PICTURE)], "a",
+     {"hidden": 2}),
+    ([("a/1.jpg", PICTURE), ("a/1.txt", b"a"), ("b/1.jpg", PICTURE), ("b/1.txt", b"b"),
+      ("b/caf\udce9.\udce9", b"")], "ab", {".\\xe9": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("members, captions, skipped", LEFT_OUT)
+def test_what_a_tar_holds_is_read_or_counted(tmp_path, members, captions, skipped):
+    path = write_tar(tmp_path / "a.tar", members)
+    for _ in range(2):  # by the cache too
+        source = data.open_source(path)
+        assert captions_of(source) == list(captions) and source.skipped == skipped
+    write_tar(tmp_path / "b.tar", members)
+    both = data.open_source(f"{tmp_path}/?.tar").skipped
+    assert both == {kind: 2 * n for kind, n in skipped.items()}
 
 
 def test_an_index_follows_its_tar_and_damage_to_it_shows(tmp_path):
@@ -1379,8 +1436,9 @@ def test_an_index_follows_its_tar_and_damage_to_it_shows(tmp_path):
     assert len(data.open_source(path)) == 3
     (cache,) = (tmp_path / "cache" / "scan").iterdir()
     whole = cache.read_bytes()
-    cache.write_bytes(whole[:100] + b"\7" + whole[101:])
-    assert data.open_source(path).caption(0) == "caption 0" and cache.read_bytes() == whole
+    for damaged in (b"", whole[:100], whole[:200] + b"\7" + whole[201:]):
+        cache.write_bytes(damaged)
+        assert data.open_source(path).caption(0) == "caption 0" and cache.read_bytes() == whole
     old = data.open_source(path)
     shard(tmp_path / "a.tar", 99, 3)
     assert data.open_source(path).caption(2) == "caption 101"
@@ -1389,13 +1447,22 @@ def test_an_index_follows_its_tar_and_damage_to_it_shows(tmp_path):
         old.caption(0)
 
 
-def test_no_more_tars_are_open_than_may_be(tmp_path, monkeypatch):
-    for k in range(4):
-        shard(tmp_path / f"{k}.tar", k, 1)
-    monkeypatch.setattr(data, "_MOST_OPEN", 2)
-    source = data.open_source(str(tmp_path / "*.tar"))
-    for k in (0, 1, 2, 3, 2, 0, 0, 1):
-        assert source.caption(k) == f"caption {k}" and len(source._files) <= 2
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = shard(tmp_path / "a.tar", 0, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert len(data.open_source(path)) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert len(data.open_source(path)) == 3
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert len(data.open_source(path)) == 3
 
 
 def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monkeypatch, capsys):
@@ -1405,198 +1472,185 @@ def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monk
     monkeypatch.setenv("LOCAL_RANK", "1"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     second = data.open_source(str(tmp_path / "*.tar"))
     assert opened == [paths[k] for k in (2, 3, 0, 1)]
-    numbers = (0, 1, 10, 11, 20, 21, 30, 31)
-    assert [second.caption(i) for i in range(8)] == [f"caption {k}" for k in numbers]
+    assert captions_of(second) == [f"caption {k}" for k in (0, 1, 10, 11, 20, 21, 30, 31)]
     monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.setattr(data, "_plain_members", None)  # nothing is indexed twice
+    monkeypatch.setattr(data, "_members", None)  # nothing is indexed twice
     ticks = itertools.chain([0], itertools.repeat(5))  # the first tar took long, the others no time
     monkeypatch.setattr(data.time, "monotonic", lambda: next(ticks))
     assert data.open_source(str(tmp_path / "*.tar")).fingerprint() == second.fingerprint()
     said = capsys.readouterr().err
     assert "\rindexing: 1 of 4 tar files, 2 samples" in said and said.endswith("4 tar files, 8 samples\n")
     Path(paths[1]).unlink()
+    data._open_tar.cache_clear()
     with pytest.raises(data.UserError, match="1.tar: No such file"):
-        data.Pairs(pickle.loads(pickle.dumps(second)), WORDS, 8)[2]
+        data.Pairs(second, WORDS, 8)[2]
 
 
 @slow
-def test_many_new_tars_are_indexed_by_several_processes(tmp_path, monkeypatch):
-    for k in range(4):
-        shard(tmp_path / f"{k}.tar", 10 * k, 2)
-    monkeypatch.setattr(data, "_MANY_TARS", 4)
+def test_many_tars_are_indexed_by_several_processes(tmp_path, monkeypatch):
+    for k in range(16):
+        shard(tmp_path / f"{k:02}.tar", k, 1)
     monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
-    here, members, done = os.getpid(), data._plain_members, []
+    here, index = os.getpid(), data._tar_index
 
-    def watched(file):
-        done.extend([1] if os.getpid() == here else [])  # this process indexes none
-        return members(file)
+    def elsewhere(path):
+        assert os.getpid() != here
+        return index(path)
 
-    monkeypatch.setattr(data, "_plain_members", watched)
-    source = data.open_source(str(tmp_path / "*.tar"))
-    assert not done
-    assert [source.caption(i) for i in (0, 3, 7)] == ["caption 0", "caption 11", "caption 31"]
-    (tmp_path / "2.tar").write_bytes(b"no tar at all" * 100)
-    refuses(tmp_path / "*.tar", "2.tar: not a whole tar")
+    elsewhere.__name__, elsewhere.__qualname__ = "_tar_index", "_tar_index"
+    elsewhere.__module__ = "data"
+    monkeypatch.setattr(data, "_tar_index", elsewhere)
+    assert captions_of(data.open_source(str(tmp_path / "*.tar"))) == [f"caption {k}" for k in range(16)]
+    (tmp_path / "05.tar").write_bytes(b"no tar at all" * 100)
+    refuses(tmp_path / "*.tar", "05.tar: not a whole tar")
 
 
 LONG = "a/long/name/" * 12  # takes headers of its own
-FORMS = {  # form, time and folder of a tar's members, and whether its headers are plain
-    "ustar": (tarfile.USTAR_FORMAT, 0, "", True),
-    "gnu": (tarfile.GNU_FORMAT, 1.6e9, "a/", True),
-    "pax": (tarfile.PAX_FORMAT, 0, "../../", True),  # read in place, never extracted
-    "webdataset's": (tarfile.PAX_FORMAT, 1600000000.25, "", True),
-    "ustar, prefix": (tarfile.USTAR_FORMAT, 0, LONG, False),
-    "gnu, long": (tarfile.GNU_FORMAT, 0, LONG, False),
-    "pax, long": (tarfile.PAX_FORMAT, 0, LONG, False),
+FORMS = {  # format, time and folder of a tar's members
+    "ustar": (tarfile.USTAR_FORMAT, 0, ""),
+    "webdataset's": (tarfile.PAX_FORMAT, 1600000000.25, "../../"),  # read in place, never extracted
+    "ustar, prefix": (tarfile.USTAR_FORMAT, 0, LONG),
+    "gnu, long": (tarfile.GNU_FORMAT, 0, LONG),
+    "pax, long": (tarfile.PAX_FORMAT, 0, LONG),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_plain_tars_are_indexed_as_tarfile_reads_them(tmp_path, form):
-    form, mtime, folder, plain = FORMS[form]
-    members = [(f"{folder}{k}.{kind}", bytes([k]) * 300 * k) for k in range(5) for kind in ("PNG", "txt")]
-    path = write_tar(tmp_path / "a.tar", members, form, int(mtime) if mtime == 1.6e9 else mtime)
-    with tarfile.open(path, "a", format=form) as tar:
-        for name, kind in (("8.png", tarfile.DIRTYPE), ("9.png", tarfile.SYMTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "0.png"
-            tar.addfile(info)
-    with open(path, "rb") as file:
-        found = list(data._members(file))
-        file.seek(0)
-        assert [(name, file.seek(at) and file.read(size)) for name, at, size in found] == members
-        if plain:
-            assert list(data._plain_members(file)) == found
-        else:
-            with pytest.raises(ValueError):
-                list(data._plain_members(file))
-    source = data.open_source(path)
-    assert [source._read(i, part) for i in range(5) for part in (0, 1)] == [content for _, content in members]
-    assert len(source) == 5 and {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
-
-
-def times(record):
-    """A PAX header with one record for the next member."""
-    return header("x", len(record), type=b"x") + record + bytes(512 - len(record))
-
-
-def header(name, size, **fields):
-    """One tar header, as a broken or hostile writer might leave it."""
+def header(name, size):
     info = tarfile.TarInfo(name)
     info.size = size
-    for field, value in fields.items():
-        setattr(info, field, value)
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def with_checksums(content):
-    """Bytes of a tar, whose headers get the checksum of what is in them: else damage never comes further."""
-    content = bytearray(content)
-    for at in range(0, len(content) - 511, 512):
-        if content[at + 257 : at + 262] == b"ustar":
-            total = 256 + sum(content[at : at + 148]) + sum(content[at + 156 : at + 512])
-            content[at + 148 : at + 156] = b"%06o\0 " % total
-    return bytes(content)
-
-
 GOOD = b"".join([header("a.png", 9), bytes(512), header("a.txt", 3), b"red", bytes(509 + 1024)])
-NEGATIVE = header("b.png", 100)  # but with a negative size, in base 256
-NEGATIVE = with_checksums(NEGATIVE[:124] + b"\xff" * 11 + b"\0" + NEGATIVE[136:])
 NO_TARS = [
-    gzip.compress(GOOD), b"", b"hello" * 500, header("b.png", 1 << 40) + bytes(2048), NEGATIVE + bytes(2048),
-    GOOD[:100], GOOD[:700], GOOD[:1024], GOOD[:1300], GOOD[:2048], GOOD[:2048] + GOOD[:300],  # no end mark
-    GOOD[:1024] + b"x" + GOOD[1025:], GOOD[:250] + b"x" + GOOD[251:],  # the second in no field that is read
-    GOOD + bytes(1 << 20) + GOOD, GOOD + GOOD,
-    GOOD[:-1024] + times(b"11 mtime=1\n"), GOOD[:-1024] + times(b"11 mtime=1\n") + bytes(1024),
+    b"", b"hello" * 500, header("b.png", 1 << 40) + bytes(2048), GOOD[:100], GOOD[:700], GOOD[:1024],
+    GOOD[:1300], GOOD[:2048], GOOD[:2048] + GOOD[:300],  # no end mark
+    GOOD[:1024] + b"x" + GOOD[1025:], GOOD + bytes(1 << 20) + GOOD, GOOD + GOOD,
 ]  # fmt: skip
-LINKS = header("1.jpg", 0, type=b"2", linkname="/etc/passwd") + header("1.txt", 0, type=b"5") + bytes(1024)
-NO_SAMPLES = [bytes(10240), GOOD[1024:], LINKS]  # the second: captions alone
+SWALLOWED = "".join(f"{k}.jpg\t{caption}\n" for k, caption in enumerate(["a", '"b', "c", 'd"', "e"]))
 
 
 @pytest.mark.parametrize("name, content, message", [
     *[("a.tar", content, "not a whole tar") for content in NO_TARS],
-    *[("a.tar", content, "no sample") for content in NO_SAMPLES],
-    ("a.csv", b"file;caption\na;b\n", "no columns 'filepath'"), ("a.csv", b"", "no columns 'filepath'"),
-    ("a.csv", b"filepath,title\n", "no rows"), ("a.csv", b"filepath,title\na\n", "line 2"),
-    ("a.csv", b'filepath,title\na,b\nc,"d\ne,f\n', "line 3: a quote"),
+    ("a.tar", bytes(10240), "no sample"), ("a.tar", GOOD[1024:], "no sample .* left out: 1 .txt"),
+    ("a.tar", gzip.compress(GOOD), "is compressed"), ("a.tar.gz", gzip.compress(GOOD), "is compressed"),
+    ("a.csv", gzip.compress(b"filepath,title\na,b\n"), "is compressed"),
+    ("a.csv", "filepath,title\na,b\n".encode("utf-16"), "is UTF-16"),
+    ("a.csv", b"filepath;caption\na;b\n", "no column 'title' .*--caption-key"),
+    ("a.csv", b"", "no column 'filepath'"), ("a.csv", b"filepath,title\n", "no rows"),
+    ("a.csv", b"filepath,title\na\n", "line 2: 1 fields"),
+    ("a.csv", b'filepath,title\na,b\nc,"d\ne,f\n', "line 3: unexpected end"),
+    ("a.csv", b'filepath,title\na,b\nc,"d" e\ne,f\n', "line 3: .*expected after"),
+    ("a.tsv", b"filepath\ttitle\n" + SWALLOWED.encode(), "line 3: a field that holds 3"),
+    ("a.csv", b"filepath,title\n" + SWALLOWED.replace("\t", ",").encode(), "line 3: a field that holds 3"),
 ], ids=bytes_in)  # fmt: skip
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     refuses(tmp_path / name, f"{name}(:|,) {message}")
 
 
-@pytest.mark.parametrize("unusual", [
-    header("b/", 0, type=b"\0") + header("b.txt", 3) + b"red" + bytes(509),  # a folder, in very old tars
-    header("b.png", 3, type=b"7") + b"red" + bytes(509),  # "contiguous": a file
-    header("b.png", 0, type=b"1", linkname="a.png"),
-    times(b"11 mtime=1\n") + header("b.png", 0), times(b"12 mtime=1\n") + header("b.png", 0),
-    times(b"11 mtime=1\n"), times(b"14 path=b.png\n") + header("c.txt", 3) + b"red" + bytes(509),
-    times(b"11 mtime=1\n" + bytes(4) + b"14 path=b.png\n") + header("c.txt", 0),
-    header("b.png", 3)[:148] + b"00012\0 \0" + header("b.png", 3)[156:] + b"red" + bytes(509),
-], ids=bytes_in)  # fmt: skip
-def test_unusual_headers_are_read_as_tarfile_does_or_refused(tmp_path, unusual):
-    (tmp_path / "a.tar").write_bytes(unusual + GOOD)
-    with open(tmp_path / "a.tar", "rb") as file:
-        try:
-            expected = list(data._members(file))
-        except (tarfile.TarError, ValueError):
-            expected = None
-        try:
-            assert list(data._plain_members(file)) == expected
-        except ValueError:
-            pass  # left to tarfile
-
-
-@pytest.mark.parametrize("name", ["pipe.tar", "pipe.csv"])
-def test_nobody_waits_for_a_pipe(tmp_path, name, seconds):
-    os.mkfifo(tmp_path / name)
-    refuses(tmp_path / name, f"{name}: not a regular file")
+# ---------------------------------------------------------------- data.py: other sources
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
 def test_tables_of_any_delimiter(tmp_path, delimiter):
     (tmp_path / "img").mkdir()
     (tmp_path / "img" / "ü.jpg").write_bytes(jpeg())
-    rows = [
-        ["n", "title", "filepath"],
-        ["1", '"two\nlines, quoted"', "img/ü.jpg"],
-        ["2", "plain", "img/ü.jpg"],
-    ]
-    rows += [["3", "", "x.jpg"]]
+    rows = [["n", "title", "filepath"], ["1", '"two\nlines, quoted"', "img/ü.jpg"]]
+    rows += [["2", 'a 5" disk', "img/ü.jpg"], ["3", "", "x.jpg"]]
     (tmp_path / "a.tsv").write_text("\n".join(delimiter.join(row) for row in rows), encoding="utf-8")
     source = data.open_source(str(tmp_path / "a.tsv"))
-    assert [source.caption(i) for i in range(3)] == ["two\nlines, quoted", "plain", ""]
+    assert captions_of(source) == ["two\nlines, quoted", 'a 5" disk', ""]
     assert source.image(1).size == (40, 30) and source.same_images() == ([0, 2], [0, 0, 1])
-    (tmp_path / "b.tsv").write_text((tmp_path / "a.tsv").read_text().replace("plain", "Plain"))
+    (tmp_path / "b.tsv").write_text((tmp_path / "a.tsv").read_text().replace("disk", "Disk"))
     assert data.open_source(str(tmp_path / "b.tsv")).fingerprint() != source.fingerprint()
+
+
+def plant(root, *names, content=None):
+    """Files below a folder: pictures, and others by their extension."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content or (jpeg() if path.suffix == ".jpg" else b"x"))
+    return str(root)
 
 
 def test_class_folders_of_every_format(tmp_path):
     forms = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"] + ["AVIF"] * features.check("avif")
     for k, form in enumerate(forms):
-        folder = tmp_path / f"class {k % 2}" / ("", "!", "!-")[k % 3]  # before the files, by name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{k}.{form}").write_bytes(encoded(noise(16, 12), form))
-    for name in ("notes.txt", "raw.CR2", "raw.cr2"):
-        (tmp_path / "class 0" / name).write_bytes(b"x")
+        folder = ("", "!/", "!-/")[k % 3]  # before the files, by name
+        plant(tmp_path, f"class {k % 2}/{folder}{k}.{form}", content=encoded(noise(16, 12), form))
     expected = ImageFolder(tmp_path, is_valid_file=lambda path: os.path.basename(path)[0].isdigit())
+    plant(tmp_path, "class 0/notes.txt", "class 1/raw.CR2", "class 0/raw.cr2", "labels/a.xml", "loose.jpg")
+    plant(
+        tmp_path, "class 1/.ipynb_checkpoints/1.jpg", ".thumbs/1.jpg", "class 0/._1.jpg", "__MACOSX/._1.jpg"
+    )
     (tmp_path / "class 0" / "again").symlink_to(".")  # would repeat its pictures without end
+    (tmp_path / "empty").mkdir()
     source = data.open_source(str(tmp_path))
     assert [source.where(i) for i in range(len(source))] == [path for path, _ in expected.samples]
     assert len(source) == len(forms) and all(source.image(i).size == (16, 12) for i in range(len(source)))
-    assert source.skipped == {".txt": 1, ".cr2": 2} and data.Shapes(2).skipped == {}
-    assert source.caption(0) == "class 0" and source.labels.tolist() == expected.targets
+    assert source.classes == expected.classes and source.labels.tolist() == expected.targets
+    others = {".txt": 1, ".cr2": 2, ".xml": 1, ".jpg": 1, "hidden": 4, "repeated folder": 1}
+    assert source.skipped == others and data.Shapes(2).skipped == {}
 
 
-def test_pictures_alone_are_enough_for_moco(tmp_path):
-    (tmp_path / "flat").mkdir()
-    for k in range(3):
-        (tmp_path / "flat" / f"{k}.jpg").write_bytes(jpeg())
-    assert len(data.open_source(str(tmp_path / "flat"), captions=False)) == 3
-    refuses(tmp_path / "flat", "no class folders")
-    tar = write_tar(tmp_path / "a.tar", [("0.jpg", jpeg()), ("1.jpg", jpeg())])
-    assert len(data.open_source(tar, captions=False)) == 2
-    refuses(tar, "no sample")
+def test_splits_are_no_classes(tmp_path):
+    for split in ("train", "valid", "test"):
+        plant(tmp_path, f"{split}/cat/{split}.jpg", f"{split}/dog/{split}.jpg", "notes.txt", "more/1.jpg")
+    for training, split in ((True, "train"), (False, "valid")):
+        source = data.open_source(str(tmp_path), train=training)
+        assert source.classes == ["cat", "dog"] and f"{split}/cat/{split}.jpg" in source.where(0)
+        assert source.skipped == {".txt": 1, "folder beside the splits": 1}
+    plant(tmp_path / "other", "Test/cat/1.jpg", "Test/dog/1.jpg")
+    assert len(data.open_source(str(tmp_path / "other"), train=False)) == 2
+    refuses(tmp_path / "other", "has test, but no train")
+
+
+FOLDERS = [  # files of a folder, and what is said of it
+    (["images/1.jpg", "images/2.jpg", "annotations.txt"], "only one: .'images'"),  # as Tiny-ImageNet's val
+    (["images/1.jpg", "labels/1.xml"], "only one: .'images'"), (["1.jpg", "2.jpg"], "no class folders"),
+    (["00000/0.jpg", "00000/0.txt", "00000/0.json", "00001/1.jpg", "00001/1.txt", "00000_stats.json"],
+     "captions are read from .tar shards"),  # img2dataset's output_format=files
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names, message", FOLDERS)
+def test_folders_without_classes_serve_moco_alone(tmp_path, names, message):
+    refuses(plant(tmp_path, *names), message)
+    source = data.open_source(str(tmp_path), captions=False)
+    assert source.classes is None and source.labels is None  # nothing to evaluate on
+    pictures = [name for name in names if name.endswith(".jpg")]
+    assert [source.where(i) for i in range(len(source))] == [f"{tmp_path}/{name}" for name in pictures]
+
+
+def test_folders_without_pictures_are_refused(tmp_path):
+    refuses(
+        plant(tmp_path / "shards", "00000.tar", "00001.tar", "00000.parquet"),
+        r"shards/\*.tar'",
+        captions=False,
+    )
+    refuses(plant(tmp_path / "heic", "cat/1.heic", "dog/2.heic"), "no pictures in it; left out: 2 .heic")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may not allow such names")
+def test_names_that_are_not_utf8_are_read_and_escaped(tmp_path):
+    caf = "caf\udce9"
+    source = data.open_source(plant(tmp_path, f"{caf}/{caf}.jpg", f"{caf}/x.{caf}", "dog/1.jpg"))
+    assert source.classes == ["caf\\xe9", "dog"] and source.skipped == {".caf\\xe9": 1}
+    assert source.caption(0) == "a photo of a caf\\xe9."
+    assert data.Pairs(source, WORDS, 8)[0][:2] == (0, -1) and len(source.fingerprint()) == 64
+    (tmp_path / "a.csv").write_bytes(b"filepath,title\ncaf\xe9/caf\xe9.jpg,x\n")
+    assert data.open_source(str(tmp_path / "a.csv")).image(0).size == (40, 30)
+
+
+def test_class_names_become_captions_by_the_first_template(tmp_path):
+    path = plant(tmp_path, "cat {0}/1.jpg", "dog/2.jpg")
+    assert captions_of(data.open_source(path)) == ["a photo of a cat {0}.", "a photo of a dog."]
+    own = data.open_source(path, templates=["{}", "one {}"])
+    assert captions_of(own) == ["cat {0}", "dog"] and own.templates == ["{}", "one {}"]
+    assert data.open_source("shapes:8").templates == data.Shapes.templates
+    assert data.open_source(path).templates == ["a photo of a {}."]
 
 
 GROUPS = [json.dumps({"group": group}).encode() for group in ("food", "animals", "food")]
@@ -1606,15 +1660,14 @@ GROUPS = [json.dumps({"group": group}).encode() for group in ("food", "animals",
     (dict(cls=[b"10", b"9", b"10"]), None, (["9", "10"], [1, 0, 1])),
     (dict(cls=[b"x\n", b"b", b"x"]), None, (["b", "x"], [1, 0, 1])),
     (dict(json=GROUPS, cls=[b"1"] * 3), "group", (["animals", "food"], [1, 0, 1])),
-    (dict(json=GROUPS), None, (None, None)),
+    (dict(json=GROUPS), None, (None, None)), (dict(cls=[b"1"] * 3), None, (None, None)),  # one class is none
     (dict(cls=[b"1", None, b"2"]), None, "a.tar, 1.jpg at byte .*: no .cls"),
     (dict(json=[b"[]"] * 3), "group", "no names"), (dict(json=GROUPS[:2] + [None]), "group", "neither"),
     (dict(json=GROUPS), "kind", "no 'kind'"),
 ])  # fmt: skip
 def test_labels_of_tars(tmp_path, parts, label_key, expected):
     members = [(f"{k}.{kind}", values[k]) for k in range(3) for kind, values in parts.items() if values[k]]
-    members = sorted(members + [(f"{k}.jpg", jpeg()) for k in range(3)])
-    path = write_tar(tmp_path / "a.tar", members)
+    path = write_tar(tmp_path / "a.tar", sorted(members + [(f"{k}.jpg", jpeg()) for k in range(3)]))
     source = data.open_source(path, captions=False, label_key=label_key)
     if isinstance(expected, str):
         with pytest.raises(data.UserError, match=expected):
@@ -1622,6 +1675,8 @@ def test_labels_of_tars(tmp_path, parts, label_key, expected):
     else:
         labels = None if source.labels is None else source.labels.tolist()
         assert (source.classes, labels) == expected
+    if "json" not in parts:
+        refuses(path, "no sample")  # pictures without captions are for MoCo alone
 
 
 def test_labels_of_tables(tmp_path):
@@ -1645,23 +1700,44 @@ def test_shapes_plant_what_they_say():
     assert all(clean.classes[clean.labels[i]] in clean.caption(i) for i in range(128))
 
 
-def test_shapes_with_a_long_tail():
-    source = data.open_source("shapes:4000,zipf")
-    counts = np.sort(np.bincount(source.labels, minlength=64))[::-1]
-    expected = 4000 / np.arange(1, 65) / (1 / np.arange(1, 65)).sum()
-    assert (np.abs(counts - expected) <= 5 * np.sqrt(expected) + 3).all()
-    other = data.open_source("shapes:4000,zipf", seed=1)
-    assert np.bincount(other.labels).argmax() == np.bincount(source.labels).argmax()  # alike for every seed
-    balanced = data.open_source("shapes:128,zipf", train=False)
-    assert np.bincount(balanced.labels).tolist() == [2] * 64
-    assert source.fingerprint() != data.open_source("shapes:4000").fingerprint()
-    refuses("shapes:zipf", "zipf")
-
-
 # ---------------------------------------------------------------- data.py: the datasets
 
 
 WORDS = clip_model.HashedWords()
+
+
+class Edges(data.Source):
+    """By data.py's docstring. At the edge in its pictures bicubic resizing overshoots, bilinear does not."""
+
+    def __len__(self):
+        return 12
+
+    def image(self, id, draft=None):
+        return Image.fromarray(np.where(np.indices((64, 64, 3))[1] < 32, 60, 190).astype(np.uint8))
+
+    def caption(self, id):
+        return f"edge {id}"
+
+    def where(self, id):
+        return f"the edge {id}"
+
+    def fingerprint(self):
+        return "edges"
+
+
+def test_a_source_written_by_the_docstring_serves_both_datasets():
+    source = Edges()
+    clip = data.Pairs(source, WORDS, 48, crop_min=0.5)
+    views = data.Views(source, 48, moco.draw_views, crop_min=0.3)
+    assert clip.crop.areas == (0.5, 1.0) and views.crop.areas == (0.3, 1.0)
+    ids, failed, images, tokens = data.collate([clip[i] for i in range(12)])
+    assert ids.tolist() == list(range(12)) and not len(failed)
+    assert tokens[3].tolist() == WORDS("edge 3").tolist()
+    assert images.min() < 58 and images.max() > 192
+    two = data.collate([views[i] for i in range(12)])[2]
+    assert two.shape == (12, 2, 3, 48, 48) and two.min() >= 59 and two.max() <= 191
+    assert data.Pictures(source, data.eval_transform(8))[5][0] == 5
+    assert len(clip.fingerprint()) == 16 and "the edge 2: can be read" in views.why(2)
 
 
 def test_two_views_differ_and_repeat():
@@ -1687,10 +1763,9 @@ def test_two_views_differ_and_repeat():
     assert not views[4][3].equal(numbers) and list(views.truth) == ["redundant"]
 
 
-class Stub:
+class Stub(Edges):
     """A source of a billion pictures, of which all before `good` can't be read."""
 
-    truth = {}
     good = 0
 
     def __init__(self):
@@ -1705,14 +1780,8 @@ class Stub:
             raise TypeError(f"a bug\nat {i}")
         return Image.new("RGB", (8, 8))
 
-    def caption(self, i):
-        return f"number {i}"
 
-    def where(self, i):
-        return f"place {i}"
-
-
-def test_any_id_of_a_billion_is_read_at_once(seconds):
+def test_any_id_of_a_billion_is_read_at_once():
     source = Stub()
     pairs = data.Pairs(source, WORDS, 8)
     assert pairs[10**9 - 1][:2] == (10**9 - 1, -1)
@@ -1723,16 +1792,14 @@ def test_any_id_of_a_billion_is_read_at_once(seconds):
         pairs[10**9 - 2]
     assert source.asked == [10**9 - 2, 10**9 - 1, *range(98)] and "\n" not in str(error.value)
     assert isinstance(error.value.__cause__, TypeError)
-    assert pairs.why(5) == "place 5: TypeError: a bug at 5"
-    source.good = 0
-    assert pairs.why(5) == "place 5: can be read now"
+    assert pairs.why(5) == "the edge 5: TypeError: a bug at 5"
 
 
 def test_batches_name_only_what_failed():
     image, tokens, views = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor([7, 8]), torch.ones(2, 9)
     ids, failed, images, padded = data.collate([(5, -1, image, tokens), (7, 6, image, tokens[:1])])
     assert ids.tolist() == [5, 7] and failed.tolist() == [6] and images.shape == (2, 3, 4, 4)
-    assert padded.tolist() == [[7, 8], [7, 0]]
+    assert padded.tolist() == [[7, 8], [7, 0]] and padded.dtype == torch.int64
     _, failed, _, numbers = data.collate([(0, -1, image, views)] * 3)
     assert failed.shape == (0,) and failed.dtype == ids.dtype == torch.int64 and numbers.shape == (3, 2, 9)
 
@@ -1741,9 +1808,9 @@ def test_mismatch_shuffles_its_share_and_keeps_the_truth():
     source = data.Shapes(200, ill_matched=0, duplicates=0)
     pairs = data.Pairs(source, WORDS, 16, mismatch=0.2)
     moved = pairs.truth["ill_matched"]
-    assert moved.sum() == 40
+    assert moved.sum() == 40 and sorted(pairs.caption_of) == list(range(200))
     assert all((pairs.caption_of[i] != i) == moved[i] for i in range(200))
-    assert sorted(pairs.caption_of) == list(range(200))
+    assert np.array_equal(data.Pairs(source, WORDS, 16, seed=1, mismatch=0.2).caption_of, pairs.caption_of)
     one = int(np.flatnonzero(moved)[0])
     assert pairs[one][3].tolist() == WORDS(source.caption(pairs.caption_of[one])).tolist()
     assert pairs.fingerprint() != data.Pairs(source, None, 16).fingerprint()
@@ -1752,33 +1819,22 @@ def test_mismatch_shuffles_its_share_and_keeps_the_truth():
 BOMB = bytearray(png("red"))
 BOMB[16:24] = (10_000).to_bytes(4, "big") * 2
 BOMB[29:33] = zlib.crc32(BOMB[12:29]).to_bytes(4, "big")
-FLIPPED = bytearray(png("red"))
-FLIPPED[-20] ^= 1  # in the checksum of the pixels
-NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
 BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (b"", (".txt", b"x"), "no picture, but 0 bytes"),
     (b"words", (".txt", b"x"), "no picture, but 5 bytes: b'words'"),
     (encoded(Image.new("RGB", (8, 8)), "PCX"), (".txt", b"x"), "no picture"),  # of no format we ask for
-    (b"GIF89a" + bytes(20), (".txt", b"x"), ""),
     (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
     (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
-    (jpeg(size=(64, 64))[:300], (".txt", b"x"), ""),
     (encoded(noise(64, 64), "JPEG")[:-200], (".txt", b"x"), "truncated"),
-    (NOISE[:-200] + bytes(200), (".txt", b"x"), "ends in zeros"),
     (png("red")[:-30], (".txt", b"x"), ""),
-    (bytes(FLIPPED), (".txt", b"x"), "checksum"),
     (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), (".txt", b"x"), "not finite"),
-    (png("red"), (".txt", b""), "caption is empty"),
     (png("red"), (".txt", b" \n\t"), "caption is empty"),
     (png("red"), (".txt", b"caf\xe9 noir"), "caption is not UTF-8 after 'caf'"),
-    (png("red"), (".txt", "red".encode("utf-16")), "caption is not UTF-8"),
     (png("red"), (".txt", bytes(9)), "NUL"),
     (png("red"), (".json", b"[1, 2]"), "no names and values"),
     (png("red"), (".json", b'{"caption": null}'), 'no text under "caption"'),
-    (png("red"), (".json", b'{"text": "x"}'), 'no text under "caption"'),
     (png("red"), (".json", b'{"caption": "\\ud800"}'), "not UTF-8"),
     (png("red"), (".json", b"{"), ".json can't be read"),
-    (png("red"), (".json", b"\xff\xfe"), ".json can't be read"),
     (png("red"), (".cls", b"1"), "neither a .txt nor a .json"),
 ]  # fmt: skip
 
@@ -1799,35 +1855,25 @@ def test_bad_samples_are_replaced_and_the_cause_is_said(tmp_path):
         evaluated[1]
 
 
-def test_bad_rows_of_a_table_are_replaced_and_the_cause_is_said(tmp_path, seconds):
-    causes = {
-        b"folder,x": "",
-        b"pipe,x": "not a regular file",
-        b"/dev/null,x": "not a regular file",
-        b"missing.png,x": f"{tmp_path}/missing.png (row 4 below the header of {tmp_path}/a.csv): No such",
-        b"good.png,caf\xe9": "not UTF-8 after 'caf'",
-        b"good.png,": "caption is empty",
-    }
-    (tmp_path / "folder").mkdir(), os.mkfifo(tmp_path / "pipe")
+def test_bad_rows_of_a_table_are_replaced_and_the_cause_is_said(tmp_path):
+    missing = f"{tmp_path}/missing.png (row 2 below the header of {tmp_path}/a.csv): No such"
+    causes = {b"folder,x": "Is a directory", b"missing.png,x": missing}
+    causes |= {b"good.png,caf\xe9": "not UTF-8 after 'caf'", b"good.png,": "caption is empty"}
+    (tmp_path / "folder").mkdir()
     (tmp_path / "good.png").write_bytes(png("blue"))
     (tmp_path / "a.csv").write_bytes(b"\n".join([b"filepath,title", *causes, b"good.png,x"]))
     pairs = data.Pairs(data.open_source(str(tmp_path / "a.csv")), WORDS, 16)
-    assert [pairs[i][:2] for i in range(7)] == [(6, i) for i in range(6)] + [(6, -1)]
+    assert [pairs[i][:2] for i in range(5)] == [(4, i) for i in range(4)] + [(4, -1)]
     for i, cause in enumerate(causes.values()):
         assert f"(row {i + 1} below the header of" in pairs.why(i) and cause in pairs.why(i)
 
 
-@pytest.mark.parametrize("text", [
-    b"x" * 10_000_000, b"\xef\xbb\xbfred", "\u202e".encode(), "é".encode() * 9999, b"y" + "é".encode() * 9999
-])  # fmt: skip
+@pytest.mark.parametrize("text", [b"x" * 10_000_000, b"\xef\xbb\xbfred", b"y" + "é".encode() * 9999])
 def test_odd_captions_give_tokens(text, tmp_path):
     source = data.open_source(write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", text)]))
     used, failed, _, tokens = data.Pairs(source, WORDS, 16)[0]
     assert (used, failed) == (0, -1) and 3 <= len(tokens) <= 77
-    assert text.decode("utf-8-sig").startswith(source.caption(0)) and len(data.clean("x" * 9999)) < 5000
-
-
-# ---------------------------------------------------------------- data.py: fuzz
+    assert text.decode("utf-8-sig").startswith(source.caption(0)) and len(source.caption(0)) < 5000
 
 
 def mutate(content, rng):
@@ -1847,89 +1893,50 @@ def mutate(content, rng):
     return bytes(kinds[rng.integers(6)])
 
 
-def opened(path):
-    """The source of a file; None if it is refused, in one line."""
-    try:
-        return data.open_source(str(path))
-    except data.UserError as error:
-        assert "\n" not in str(error)
-
-
 FUZZ = int(os.environ.get("SCAN_FUZZ", 1))  # how many times the usual number of mutations
 
 
 def plainly(path):
-    """(image, caption or None) bytes of a tar's samples, as tarfile reads them from the start to the end."""
+    """(picture, caption or None) of a tar's samples, as tarfile extracts them."""
     samples, last = [], None
     with tarfile.open(path, "r:") as tar:
         for member in tar:
-            stem, _, kind = os.path.basename(member.name).partition(".")
-            key = os.path.dirname(member.name), stem
-            if member.isreg() and not member.issparse() and kind.lower() in ("png", "txt"):
+            key, kind = os.path.splitext(member.name)
+            hidden = re.search(r"(^|/)\.[^./]", member.name)
+            if member.isreg() and not member.issparse() and not hidden and kind.lower() in (".png", ".txt"):
                 if key != last:
                     samples.append({})
                 samples[-1].setdefault(kind.lower(), tar.extractfile(member).read())
                 last = key
-    return [(s["png"], s.get("txt")) for s in samples if "png" in s]
+    return [(s[".png"], s.get(".txt")) for s in samples if ".png" in s]
 
 
-@pytest.mark.parametrize("form", ["ustar", "webdataset's", "pax, long", "gnu", "gnu, long"])
-def test_fuzzed_tars_give_what_they_hold_or_are_refused(tmp_path, form, monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_tars_give_what_tarfile_reads_or_are_refused(tmp_path, form, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # no cache: written anew, a file may look the same
-    form, mtime, folder, _ = FORMS[form]
-    colours, members = [(40 * k, 9, 99) for k in range(5)], []
-    for k, colour in enumerate(colours):
-        members += [(f"{folder}{k}.png", png(colour)), (f"{folder}{k}.txt", b"caption number %d" % k)]
+    form, mtime, folder = FORMS[form]
+    members = []
+    for k in range(5):
+        members += [
+            (f"{folder}{k}.PNG", png((40 * k, 9, 99))),
+            (f"{folder}{k}.txt", b"caption number %d" % k),
+        ]
     path = tmp_path / "a.tar"
-    original = Path(write_tar(path, members, form, mtime if form == tarfile.PAX_FORMAT else 0)).read_bytes()
-    original = original.rstrip(b"\0")
+    original = Path(write_tar(path, members, form, mtime)).read_bytes().rstrip(b"\0")
     original += bytes(-len(original) % 512 + 1024)
-    read = refused = replaced = 0
-    for seed in range(100 * FUZZ):
-        rng = np.random.default_rng(seed)
-        content = mutate(original, rng)
-        path.write_bytes(with_checksums(content) if rng.integers(2) else content)
-        source = opened(path)
-        if source is None:
-            refused += 1
-            continue
-        expected = plainly(path)
-        assert [source._read(i, 0) for i in range(len(source))] == [image for image, _ in expected], seed
-        pairs = data.Pairs(source, WORDS, 8)
+    read = refused = 0
+    for seed in range(-1, 40 * FUZZ):
+        path.write_bytes(original if seed < 0 else mutate(original, np.random.default_rng(seed)))
         try:
-            items = [pairs[i] for i in range(len(pairs))]
+            source = data.open_source(str(path))
         except data.UserError as error:
-            assert "not one of" in str(error)
-            continue
-        for i, (used, failed, image, tokens) in enumerate(items):
-            text = expected[used][1]
-            assert failed == (-1 if used == i else i) and tokens.tolist() == WORDS(text.decode()).tolist()
-            assert tuple(image[:, 0, 0].tolist()) in colours, seed  # PNG's checksums let nothing else through
-            replaced += failed == i
-        read += 1
-    assert replaced and min(read, refused) > 10 * FUZZ
-
-
-def test_fuzzed_tables_give_their_rows_or_are_refused(tmp_path):
-    rows = [f'images/{k}.png,"a caption, the {k}th"' for k in range(8)]
-    original = "\r\n".join(["filepath,title", *rows]).encode()
-    path, read, refused = tmp_path / "a.csv", 0, 0
-    for seed in range(200 * FUZZ):
-        path.write_bytes(mutate(original, np.random.default_rng(seed)))
-        source = opened(path)
-        if source is None:
+            assert "\n" not in str(error) and seed >= 0
             refused += 1
             continue
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            expected = [(row["filepath"], row["title"]) for row in csv.DictReader(file)]
-        assert list(zip(source.images, source.captions)) == expected, seed
-        for i, (_, title) in enumerate(expected):
-            try:
-                assert source.caption(i) == title, seed
-            except ValueError:  # counts as unreadable
-                assert "\0" in title or not title.isprintable(), seed
+        found = [(source._read(i, 0), source._read(i, 1)) for i in range(len(source))]
+        assert found == plainly(path) and (seed >= 0 or len(found) == 5)
         read += 1
-    assert min(read, refused) > 10 * FUZZ
+    assert min(read, refused) > 5 * FUZZ
 
 
 # ---------------------------------------------------------------- eval.py: models
@@ -3026,16 +3033,6 @@ def refusal(capsys, *args, code=1):
     return said
 
 
-def pairs(source, size=16, seed=0, **options):
-    """CLIP's dataset."""
-    return data.Pairs(source, WORDS, size, seed=seed, **options)
-
-
-def views(source, size=16, seed=0, **options):
-    """MoCo's dataset."""
-    return data.Views(source, size, moco.draw_views, seed=seed, **options)
-
-
 def sampled(scan, batch, epoch, rank=0, world=1):
     """The batches (lists of ids) that a rank gets; scan's epoch has begun."""
     sampler = ScanSampler(scan, batch, rank, world)
@@ -3531,102 +3528,6 @@ def test_order_depends_on_seed_and_epoch_alone():
     for epoch, batches in first.items():
         joined = [one + two for one, two in zip(ranks[0][epoch], ranks[1][epoch], strict=True)]
         assert joined == batches and all(len(ids) == 8 for ids in ranks[0][epoch])
-
-
-class SamePicture:
-    """Any number of samples, all of one picture, which says where a crop was taken: red is x, green is y."""
-
-    truth, classes, labels = {}, None, None
-
-    def __init__(self, n, edge=False):
-        row = torch.arange(256.0).expand(256, 256)
-        pixels = torch.stack([row, row.T, (row + row.T) / 2])
-        if edge:
-            pixels = torch.where(pixels < 128, 60.0, 190.0)
-        pixels = pixels.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
-        self.n, self.picture = n, Image.fromarray(pixels)
-
-    def __len__(self):
-        return self.n
-
-    def image(self, i, draft=None):
-        return self.picture
-
-    def caption(self, i):
-        return f"word{i}"
-
-    def where(self, i):
-        return f"id {i}"
-
-    def fingerprint(self):
-        return "x" * 64
-
-
-def augmented(dataset, epoch, ids, noise=0):
-    """What is random in the samples, each as bytes."""
-    torch.manual_seed(noise)
-    np.random.seed(noise)
-    dataset.set_epoch(epoch)
-    items = {i: dataset[i] for i in ids}
-    assert all(int(items[i][0]) == i for i in ids)
-    random = (2,) if dataset.__class__.__name__ == "Pairs" else (2, 3)
-    return {i: tuple(item[k].numpy().tobytes() for k in random) for i, item in items.items()}
-
-
-@pytest.mark.parametrize("dataset", [pairs, views])
-def test_augmentation_depends_on_seed_epoch_and_id_alone(dataset):
-    ids = [0, 1, 7, 8]
-    first = augmented(dataset(SamePicture(9), seed=1), 0, ids)
-    assert first == augmented(dataset(SamePicture(9), seed=1), 0, ids[::-1], noise=5)
-    of_another_seed = augmented(dataset(SamePicture(9), seed=2), 0, ids)
-    of_another_epoch = augmented(dataset(SamePicture(9), seed=1), 1, ids)
-    everything = [*first.values(), *of_another_seed.values(), *of_another_epoch.values()]
-    for parts in zip(*everything, strict=True):  # pixels; for MoCo the drawn numbers too
-        assert len(set(parts)) == 3 * len(ids)
-    state = torch.get_rng_state()
-    dataset(SamePicture(9), seed=1)[3]
-    assert torch.get_rng_state().equal(state)
-
-
-@pytest.mark.parametrize("dataset, smallest", [(pairs, 0.9), (views, 0.08), (pairs, 0.5), (views, 0.3)])
-def test_crops_have_the_areas_of_the_recipe(dataset, smallest):
-    crops = [dataset(SamePicture(150), 64, crop_min=smallest)[i][2].view(-1, 3, 64, 64) for i in range(150)]
-    crops = torch.cat(crops).double()
-    # from the first to the last pixel's centre, which lie 63 of 64 apart
-    width, height = ((crops[:, k].amax((1, 2)) - crops[:, k].amin((1, 2))) / 255 * 64 / 63 for k in (0, 1))
-    area = width * height
-    assert area.min() > smallest - 0.03 and area.max() <= 1.03
-    assert area.min() < smallest + 0.06 and area.max() > 0.93  # uniform in between
-    assert area.mean().item() == pytest.approx((1 + smallest) / 2, abs=0.12)
-    assert (height / width).log().abs().max() < math.log(4 / 3) + 0.1
-
-
-def test_clip_resizes_bicubically_and_moco_bilinearly():
-    """Bicubic resizing overshoots at an edge, bilinear never does."""
-    clip, other = (
-        torch.stack([dataset(SamePicture(20, edge=True), 64)[i][2] for i in range(20)])
-        for dataset in (pairs, views)
-    )
-    assert clip.min() < 58 and clip.max() > 192
-    assert other.min() >= 59 and other.max() <= 191
-
-
-def test_mismatch_is_alike_for_every_seed_and_epoch_and_is_what_the_tokens_say():
-    words, source = WORDS, SamePicture(100)
-    found = []
-    for seed, epoch, share in ((0, 0, 0.2), (1, 3, 0.2), (0, 0, 0.5)):
-        torch.manual_seed(seed + 7)
-        np.random.seed(seed + 7)
-        dataset = pairs(source, seed=seed, mismatch=share)
-        dataset.set_epoch(epoch)
-        owner = {tuple(words(f"word{i}").tolist()): i for i in range(100)}
-        captions = [owner[tuple(dataset[i][3].tolist())] for i in range(100)]
-        moved = [i for i in range(100) if captions[i] != i]
-        assert sorted(captions) == list(range(100)) and len(moved) == int(share * 100)
-        assert dataset.truth["ill_matched"].nonzero()[0].tolist() == moved
-        found.append(captions)
-    assert found[0] == found[1] != found[2]
-    assert not np.any(pairs(source).truth.get("ill_matched", False))
 
 
 SEEDED = "--image-size 32 --epochs 3 --lr 1e-4 --prune 0.3"
