@@ -733,9 +733,8 @@ def run(args):
 def open_source(args, model, spec, train=False, captions=False):
     """Open the source of `spec`; it must have classes, unless its captions are wanted."""
     keys = dict(image_key=args.img_key, caption_key=args.caption_key, label_key=args.label_key)
-    keys |= dict(captions=captions, download=args.download)
+    keys |= dict(captions=captions, download=args.download, templates=args.templates)
     source = data.open_source(spec, train=train, size=model.image_size, **keys)
-    source.templates = args.templates or source.templates
     if not captions and source.labels is None:
         raise UserError(f"{spec}: has no classes; use class folders, or name its --label-key")
     return source

@@ -21,8 +21,8 @@ def suspects(run, out, spec=None):
     flags, scan = checkpoint["args"], checkpoint["scan"]
     captions, spec = flags["arch"] in clip_model.ARCHS, spec or flags["data"]
     options = dict(image_key=flags["img_key"], caption_key=flags["caption_key"], captions=captions)
-    source = data.open_source(spec, size=flags["image_size"], **options)
-    source.templates = flags.get("templates") or source.templates
+    options |= dict(templates=flags.get("templates"), size=flags["image_size"])
+    source = data.open_source(spec, **options)
     dataset = data.Samples(source, 0)
     if captions:
         dataset = data.Pairs(source, None, flags["image_size"], mismatch=flags["mismatch"])
