@@ -1,4 +1,4 @@
-"""All that CLIP is: the image and text towers of the paper (Sect. 4.1), their tokenizers, inputs and losses.
+"""CLIP: the image and text towers of the paper (Sect. 4.1), their tokenizers, inputs and losses.
 
 Configurations, initial weights and parameter names are those of open_clip and OpenAI's CLIP, so that weights
 go back and forth with `load_state_dict(strict=True)`. Needs torch, and torchvision for swin_b. To use it
@@ -27,16 +27,16 @@ import torch.nn.functional as F
 
 from scan import info_nce
 
-# Image tower, and (width, layers) of the text tower. Heads are width / 64.
+# family (of TOWERS), vision: the image tower; text: width and layers. Heads are width / 64.
 ARCHS = {
-    "vit_tiny": dict(embed_dim=128, vision=dict(width=192, layers=4, patch=16), text=(128, 3)),
-    "vit_s32": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=32), text=(384, 12)),
-    "vit_s16": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=16), text=(384, 12)),
-    "vit_b32": dict(embed_dim=512, vision=dict(width=768, layers=12, patch=32), text=(512, 12)),
-    "vit_b16": dict(embed_dim=512, vision=dict(width=768, layers=12, patch=16), text=(512, 12)),
-    "rn50": dict(embed_dim=1024, vision=dict(width=64, layers=(3, 4, 6, 3)), text=(512, 12)),
-    "rn101": dict(embed_dim=512, vision=dict(width=64, layers=(3, 4, 23, 3)), text=(512, 12)),
-    "swin_b": dict(embed_dim=640, vision=dict(), text=(640, 12)),
+    "vit_tiny": dict(family="vit", vision=dict(width=192, layers=4, patch=16), text=(128, 3), embed_dim=128),
+    "vit_s32": dict(family="vit", vision=dict(width=384, layers=12, patch=32), text=(384, 12), embed_dim=384),
+    "vit_s16": dict(family="vit", vision=dict(width=384, layers=12, patch=16), text=(384, 12), embed_dim=384),
+    "vit_b32": dict(family="vit", vision=dict(width=768, layers=12, patch=32), text=(512, 12), embed_dim=512),
+    "vit_b16": dict(family="vit", vision=dict(width=768, layers=12, patch=16), text=(512, 12), embed_dim=512),
+    "rn50": dict(family="resnet", vision=dict(layers=(3, 4, 6, 3)), text=(512, 12), embed_dim=1024),
+    "rn101": dict(family="resnet", vision=dict(layers=(3, 4, 23, 3)), text=(512, 12), embed_dim=512),
+    "swin_b": dict(family="swin", vision=dict(), text=(640, 12), embed_dim=640),
 }
 
 
@@ -51,7 +51,7 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with nn.MultiheadAttention's parameter names and initial weights."""
+    """Multi-head self-attention with nn.MultiheadAttention's parameter names and initial weights."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -102,13 +102,12 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, image_size, patch, width, layers, embed_dim, act):
+    def __init__(self, image_size, embed_dim, act, patch, width, layers):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(
-            width**-0.5 * torch.randn((image_size // patch) ** 2 + 1, width)
-        )
+        positions = (image_size // patch) ** 2 + 1  # the first is the class token's
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, width // 64, act=act)
         self.ln_post = nn.LayerNorm(width)
@@ -123,7 +122,7 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck that strides by average pooling, not by a strided convolution (anti-aliasing)."""
+    """ResNet bottleneck that downsamples by average pooling, not by a strided convolution (anti-aliasing)."""
 
     def __init__(self, inplanes, planes, stride):
         super().__init__()
@@ -150,7 +149,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One attention whose only query is the mean of the feature map."""
+    """Attention with a single query, the mean of the feature map."""
 
     def __init__(self, positions, width, heads, embed_dim):
         super().__init__()
@@ -171,9 +170,9 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet: three stem convolutions, average-pooled strides, attention pooling."""
+    """CLIP's ResNet: three stem convolutions, average pooling in place of strides, attention pooling."""
 
-    def __init__(self, image_size, width, layers, embed_dim):
+    def __init__(self, image_size, embed_dim, act, layers, width=64):  # act: of transformers alone
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
@@ -198,35 +197,34 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(x)
 
 
-def _swin_b(embed_dim):
+def _swin_b(image_size, embed_dim, act):
     from torchvision.models import SwinTransformer
 
-    # torchvision's builder of the same sizes fixes a stochastic depth of 0.5, made for supervised training
+    # torchvision's swin_b() fixes a stochastic depth of 0.5, made for supervised training
     swin = SwinTransformer([4, 4], 128, [2, 2, 18, 2], [4, 8, 16, 32], [7, 7], stochastic_depth_prob=0.1)
     swin.head = nn.Linear(1024, embed_dim, bias=False)
     return swin
+
+
+TOWERS = {"vit": VisionTransformer, "resnet": ModifiedResNet, "swin": _swin_b}
 
 
 # ---------------------------------------------------------------- the model
 
 
 class CLIP(nn.Module):
-    """An image tower and a text tower that meet in one embedding space."""
+    """An image tower and a text tower with a common embedding space."""
 
-    eval_crop = 1.0  # share of the resized picture's shorter side that evaluation looks at
+    eval_crop = 1.0  # evaluation crops this share of the resized picture's shorter side
 
     def __init__(self, arch, image_size, vocab_size, context_length, quick_gelu):
         super().__init__()
         config = ARCHS[arch]
         embed_dim, vision, (width, layers) = config["embed_dim"], config["vision"], config["text"]
         act = QuickGELU if quick_gelu else nn.GELU
-        self.arch, self.image_size, self.context_length = arch, image_size, context_length
-        if arch.startswith("vit"):
-            self.visual = VisionTransformer(image_size, **vision, embed_dim=embed_dim, act=act)
-        elif arch.startswith("rn"):
-            self.visual = ModifiedResNet(image_size, **vision, embed_dim=embed_dim)
-        else:
-            self.visual = _swin_b(embed_dim)
+        self.arch, self.image_size, self.feature_dim = arch, image_size, embed_dim
+        self.quick_gelu = quick_gelu
+        self.visual = TOWERS[config["family"]](image_size, embed_dim, act, **vision)
 
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
@@ -235,7 +233,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-        # The text tower's own start: residual branches scaled down with depth. (Image towers keep torch's.)
+        # initial weights of the text tower, residual branches scaled by depth; image towers keep torch's
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         branch_std = width**-0.5 * (2 * layers) ** -0.5
         for block in self.transformer.resblocks:
@@ -244,17 +242,17 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
 
-        # of the pixels it expects; on the model's device, and in no checkpoint
+        # input normalisation; buffers, not saved
         mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def normalize(self, images):
-        """(b, 3, h, w) uint8 -> float32, as `encode_image` expects them; on the model's device."""
+        """(b, 3, h, w) uint8 -> float32, as `encode_image` expects; on the model's device."""
         return (images.float() / 255 - self.pixel_mean) / self.pixel_std
 
     def inputs(self, batch, device):
-        """What a loader gives, pixels (b, 3, h, w) uint8 and tokens (b, n) -> what the model takes."""
+        """A loader's batch, pixels (b, 3, h, w) uint8 and tokens (b, n) -> the arguments of `forward`."""
         pixels, tokens = (x.to(device, non_blocking=True) for x in batch)
         return self.normalize(pixels), tokens
 
@@ -262,33 +260,32 @@ class CLIP(nn.Module):
         """(b, 3, h, w) normalised images -> (b, embed_dim), before normalisation."""
         return self.visual(images)
 
-    def encode_text(self, tokens):
-        """(b, n) int tokens, n up to the context length -> (b, embed_dim), before normalisation.
+    features = encode_image  # the name that moco.MoCo has for it
 
-        Attention is causal and the feature is read at the end token, so padding behind it changes nothing.
-        """
+    def encode_text(self, tokens):
+        """(b, n) int tokens, n up to the context length -> (b, embed_dim), before normalisation."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (b, n, width)
         x = self.ln_final(self.transformer(x))
-        end = tokens.argmax(1)  # the end token has the highest id, and saw the whole text
+        end = tokens.argmax(1)  # the highest id; attention is causal, so padding after it has no effect
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def forward(self, images, tokens):
-        """-> float32 unit vectors (b, embed_dim) of images and of texts, and exp(logit_scale)."""
+        """-> float32 unit vectors (b, embed_dim) of images and of texts; exp(logit_scale)."""
         image = F.normalize(self.encode_image(images).float(), dim=-1)
         text = F.normalize(self.encode_text(tokens).float(), dim=-1)
         return image, text, self.logit_scale.exp()
 
     @staticmethod
     def losses(image, text, scale):
-        """-> (b,) losses of both directions of Eq. 1, and what to minimise."""
+        """-> (b,) losses of both directions of Eq. 1, and the loss to minimise."""
         a, b = info_nce(image, text, scale), info_nce(text, image, scale)
         return a, b, ((a + b) / 2).mean()
 
 
 def create(arch, image_size=224, vocab_size=49408, context_length=77, quick_gelu=False):
-    """A CLIP model with random weights. arch: one of ARCHS. image_size: a multiple of the patch, or of 32.
+    """Create a model with random weights. arch: one of ARCHS. image_size: a multiple of the patch, or of 32.
 
-    quick_gelu: the activation of OpenAI's own weights; open_clip's models of these names use plain GELU.
+    quick_gelu: OpenAI's activation; open_clip's models of these names use plain GELU.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
@@ -302,10 +299,9 @@ def create(arch, image_size=224, vocab_size=49408, context_length=77, quick_gelu
 
 
 class HashedWords:
-    """Words hashed to token ids: a tokenizer with nothing to download. Different words rarely share an id.
+    """Hash words to token ids: needs no vocabulary file. Different words rarely share an id.
 
-    NFKC, lower case; a word is a run of \\w, but each CJK character and each other non-space character is
-    its own.
+    NFKC, lower case; a word is a run of \\w, a single CJK character, or any other non-space character.
     """
 
     name, vocab_size, context_length = "hashed words", 49408, 77
@@ -322,20 +318,17 @@ class HashedWords:
 class BPE:
     """CLIP's byte-pair encoding, from bpe_simple_vocab_16e6.txt.gz or a file of the same form.
 
-    The same tokens as CLIP's, but of text with mojibake or C1 control characters, which CLIP has ftfy repair.
+    Tokens differ from CLIP's only in text with mojibake or C1 control characters, which CLIP repairs by ftfy.
     """
 
     context_length = 77
-    # what ftfy, called first by CLIP's tokenizer, does to ordinary text: plain quotes, no ligatures
+    # what ftfy does to ordinary text before CLIP tokenizes it: plain quotes, no ligatures
     _plain = {c: "'" for c in (0x2BC, *range(0x2018, 0x201C))} | {c: '"' for c in range(0x201C, 0x2020)}
-    _plain |= {
-        c: unicodedata.normalize("NFKC", chr(c))
-        for c in (0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB05), 0xFB06)
-    }
+    _nfkc = [0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB05), 0xFB06]
+    _plain |= {c: unicodedata.normalize("NFKC", chr(c)) for c in [*_nfkc, *range(0xFF01, 0xFFF0)]}
     _plain |= {0x149: "'n", 0xFB05: "\u017ft", 0x3000: " "}
-    _plain |= {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFFF0)}
-    _plain |= {c: None for c in (*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF)}
-    _plain |= {c: None for c in range(0xFFF9, 0xFFFD)}
+    _removed = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
+    _plain |= dict.fromkeys(_removed)
     _special = re.compile(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d", re.IGNORECASE)
 
     def __init__(self, path):
@@ -347,7 +340,7 @@ class BPE:
         merges = [tuple(line.split()) for line in lines if line.strip()]
         if any(len(merge) != 2 for merge in merges):
             raise ValueError(f"--vocab {path}: every line after the first must hold two symbols")
-        # every byte gets a printable stand-in: itself if it has one, else the next character from 256 on
+        # every byte is written as a printable character: itself, or else the next one from 256 on
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         self._byte = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -360,26 +353,23 @@ class BPE:
         self.name = f"bpe {hashlib.sha256(raw).hexdigest()[:16]}"
 
     def _words(self, text):
-        """Split as CLIP does: special words and contractions, runs of letters, single digits, the rest."""
+        """Split as CLIP does: special words and contractions, runs of letters, single digits, other runs."""
         at = 0
         while at < len(text):
-            special = self._special.match(text, at)
-            if special:
-                end = special.end()
-            else:
-                kind, end = self._kind(text[at]), at + 1
-                while kind in "LO" and end < len(text) and self._kind(text[end]) == kind:
-                    end += 1
-                if kind == " ":
-                    at = end
-                    continue
-            yield text[at:end]
+            special, kind = self._special.match(text, at), self._kind(text[at])
+            end = special.end() if special else at + 1
+            while not special and kind in "LO" and end < len(text) and self._kind(text[end]) == kind:
+                end += 1
+            if special or kind != " ":
+                yield text[at:end]
             at = end
 
     @staticmethod
     def _kind(char):
         category = unicodedata.category(char)[0]
-        return category if category in "LN" else " " if char.isspace() else "O"
+        if category in "LN":  # letters, digits
+            return category
+        return " " if char.isspace() else "O"
 
     def _encode(self, word):
         if word in ("<start_of_text>", "<end_of_text>"):
@@ -387,10 +377,8 @@ class BPE:
         symbols = [self._byte[b] for b in word.encode("utf-8", "replace")]
         symbols[-1] += "</w>"
         while len(symbols) > 1:
-            best = min(
-                zip(symbols, symbols[1:], strict=False),
-                key=lambda pair: self._rank.get(pair, len(self._rank)),
-            )
+            pairs = zip(symbols, symbols[1:])
+            best = min(pairs, key=lambda pair: self._rank.get(pair, len(self._rank)))
             if best not in self._rank:
                 break
             merged, i = [], 0
@@ -406,5 +394,5 @@ class BPE:
         text = unicodedata.normalize("NFC", text.translate(self._plain))
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
         ids = itertools.chain.from_iterable(map(self._encode, self._words(text)))
-        ids = list(itertools.islice(ids, self.context_length - 2))  # the end token always stays
+        ids = list(itertools.islice(ids, self.context_length - 2))  # truncation keeps the end token
         return np.array([self.vocab_size - 2, *ids, self.vocab_size - 1], dtype=np.int64)

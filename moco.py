@@ -5,12 +5,12 @@ keys. Parameter names are those of the published checkpoints, and of timm's ViT 
 weights go back and forth. Needs torch only. To use it elsewhere, copy the file and scan.py:
 
     model = create("moco_vit_s16")
-    numbers = draw_views()                                   # (2, 9), of each sample: its augmentations
+    numbers = draw_views()                                   # (2, 9), per sample: its augmentations
     view1, view2 = model.inputs((crops, numbers), device)    # (b, 2, 3, h, w) uint8, (b, 2, 9)
     model.update_momentum_encoder(momentum(progress))        # progress: share of the run that is done
     q1, q2, k1, k2 = model(view1, view2)                     # unit vectors (b, 256); keys without gradient
-    a, b, loss = model.losses(q1, q2, k1, k2)                # (b,) of both views, what to minimise
-    features = model.features(images)                        # (b, width), of the base encoder, for later
+    a, b, loss = model.losses(q1, q2, k1, k2)                # (b,) of both views, the loss to minimise
+    features = model.features(images)                        # (b, width), for evaluation
 """
 
 import copy
@@ -21,15 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from scan import info_nce
 
-# hidden, dim: of the projector and the predictor. moco_vit_tiny is ours, for two CPU cores.
+# hidden, dim: sizes of the projector and the predictor. moco_vit_tiny is ours, for two CPU cores.
 ARCHS = {
-    "moco_vit_tiny": dict(width=96, layers=4, heads=3, patch=8, hidden=512, dim=128),
-    "moco_vit_s16": dict(width=384, layers=12, heads=12, patch=16, hidden=4096, dim=256),
-    "moco_vit_b16": dict(width=768, layers=12, heads=12, patch=16, hidden=4096, dim=256),
+    "moco_vit_tiny": dict(family="vit", width=96, layers=4, heads=3, patch=8, hidden=512, dim=128),
+    "moco_vit_s16": dict(family="vit", width=384, layers=12, heads=12, patch=16, hidden=4096, dim=256),
+    "moco_vit_b16": dict(family="vit", width=768, layers=12, heads=12, patch=16, hidden=4096, dim=256),
 }
 
 
@@ -84,9 +83,7 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_positions(side, width):
-    """(1, 1 + side², width): fixed sines and cosines of column and row, zeros for the class token."""
-    if width % 4:
-        raise ValueError(f"2-D sin-cos positions need a width divisible by 4, got {width}")
+    """(1, 1 + side², width): sines and cosines of row and column, zeros for the class token."""
     frequencies = 10_000 ** -(torch.arange(width // 4) / (width // 4))  # rows first, as published
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     row, column = (x.flatten()[:, None] * frequencies for x in (row, column))  # (side², width / 4)
@@ -95,7 +92,7 @@ def sincos_positions(side, width):
 
 
 class VisionTransformer(nn.Module):
-    """ViT with fixed positions and, for stability, a patch projection that stays random (Sect. 4.2 there)."""
+    """ViT with fixed positions and, for stability, a frozen random patch projection (MoCo v3, Sect. 4.2)."""
 
     def __init__(self, image_size, width, layers, heads, patch, head):
         super().__init__()
@@ -110,7 +107,7 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:  # q, k and v are three projections: each has its own fan-out
+        for block in self.blocks:  # q, k and v are three projections, each with its own fan-out
             bound = math.sqrt(6 / (2 * width))
             nn.init.uniform_(block.attn.qkv.weight, -bound, bound)
         bound = math.sqrt(6 / (3 * patch**2 + width))
@@ -131,7 +128,7 @@ class VisionTransformer(nn.Module):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce, with gradient: what one rank's sum gives, every rank's loss sends back."""
+    """All-reduce whose backward pass all-reduces the gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -147,12 +144,11 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm over the global batch. (torch's SyncBatchNorm does that too, but on GPUs alone.)"""
+    """Batch norm over the global batch. (torch's SyncBatchNorm needs GPUs.)"""
 
     def forward(self, x):  # (b, width), b equal on all ranks
-        if not (
-            self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        ):
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not (self.training and several):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
@@ -167,7 +163,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def _mlp(layers, width, hidden, dim):
-    """Linear layers without bias, each followed by batch norm; the last one's is not affine, and no ReLU."""
+    """Linear layers without bias, each with batch norm and ReLU; the last: not affine, no ReLU."""
     sizes = [width] + [hidden] * (layers - 1) + [dim]
     modules = []
     for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1], strict=True):
@@ -177,17 +173,16 @@ def _mlp(layers, width, hidden, dim):
 
 # ---------------------------------------------------------------- the two views, augmented as a batch
 
-# Loading processes draw numbers per sample (`draw_views`); by them the batch is augmented on the device.
-# (transforms.v2 would draw one set of numbers for the whole batch.) Neutral where a sample stays as it is:
+# Workers draw numbers per sample, and the device augments the batch by them: transforms.v2 can't.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE, FLIP = range(9)
-VIEWS = dict(blur=1.0, solarize=0.0), dict(blur=0.1, solarize=0.2)  # the two of BYOL: how often each happens
+VIEWS = dict(blur=1.0, solarize=0.0), dict(blur=0.1, solarize=0.2)  # probabilities in BYOL's two views
 _ORDERS = torch.tensor(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))  # (24, 4)
 
 
 def draw_view(blur, solarize):
     """(9,) float32: colour jitter (.4 .4 .2 .1, in random order) with p .8, grey .2, flip .5, blur, solarize.
 
-    sigma of the blur in pixels, uniform in .1 .. 2; 0 if not blurred. From torch's default generator.
+    SIGMA of the blur is in pixels, uniform in .1 .. 2, or 0: no blur. Uses torch's default generator.
     """
     u = torch.rand(11)
     out = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -201,16 +196,15 @@ def draw_view(blur, solarize):
 
 
 def draw_views():
-    """(2, 9) float32: the numbers of both views of one sample."""
+    """(2, 9) float32: the numbers for both views of one sample."""
     return torch.stack([draw_view(**view) for view in VIEWS])
 
 
 def plan(numbers):
-    """Which samples each adjustment is for, worked out on the CPU: nothing then waits for the GPU.
+    """Group samples by adjustment, on the CPU: no host-device sync later. numbers: (b, 9) of `draw_view`.
 
-    numbers: (b, 9) of `draw_view`. Returns them with five columns more, (b, 14) float32: the samples sorted
-    by their first .. fourth adjustment, and with the blurred ones first; and how many samples each adjustment
-    has as the first .. fourth, and how many are blurred, or not: 5 x 4 numbers.
+    Returns them with five more columns, (b, 14) float32: ids sorted by first .. fourth adjustment, and ids
+    with the blurred ones first; and the sizes of the groups, 5 lists: of each adjustment, and of the blurred.
     """
     order = _ORDERS[numbers[:, ORDER].long()]  # (b, 4)
     keys = torch.cat([order, numbers[:, SIGMA, None] == 0], 1)  # (b, 5)
@@ -219,9 +213,9 @@ def plan(numbers):
 
 
 def augment(images, numbers, sizes):
-    """Colour jitter, grey, blur, solarize and flip, each sample by its own numbers.
+    """Jitter colours, grey, blur, solarize and flip each sample by its own numbers -> float32, 0 .. 255.
 
-    images: (b, 3, h, w) uint8. numbers (on the same device) and sizes: of `plan`. Returns float32, 0 .. 255.
+    images: (b, 3, h, w) uint8. numbers (on the same device) and sizes: from `plan`.
     """
     x = images.float() / 255
     factors = numbers[:, :9, None, None, None]  # (b, 9, 1, 1, 1)
@@ -258,19 +252,19 @@ def _saturation(x, factor):
 
 
 def _hue(x, turn):
-    """Turn the hue by a share of the full circle, through the HSV hexagon."""
+    """Rotate the hue by a share of the full circle, in HSV."""
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     red, green, blue = x.split(1, 1)
     chroma = high - low
     hue = torch.where(high == green, blue - red, torch.where(high == red, green - blue, red - green))
-    first = torch.where(high == green, 2.0, torch.where(high == red, 0.0, 4.0))  # which sixth it starts from
+    first = torch.where(high == green, 2.0, torch.where(high == red, 0.0, 4.0))  # in sixths of the circle
     k = hue / chroma.clamp(min=1e-9) + first + 6 * turn
     k = torch.cat([k + 5, k + 3, k + 1], 1) % 6
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def _blur(x, sigma):
-    """Gaussian, one sigma (n, 1, 1, 1) per picture, cut at 3 of the widest (2 pixels)."""
+    """Gaussian blur, one sigma (n, 1, 1, 1) per picture; the kernel reaches 3 times the largest, 2 pixels."""
     n, channels, height, width = x.shape
     offsets = torch.arange(-6, 7, device=x.device)
     kernel = (-(offsets**2) / (2 * sigma.square())).softmax(-1)  # (n, 1, 1, 13)
@@ -282,38 +276,37 @@ def _blur(x, sigma):
 
 # ---------------------------------------------------------------- the method
 
-
 TEMPERATURE = 0.2
 
 
 def momentum(progress):
-    """Of the moving average: from .99 to 1 by a cosine. progress: share of the run that is done, 0 .. 1."""
+    """Momentum of the moving average, a cosine from .99 to 1. progress: share of the run done, 0 .. 1."""
     return 1 - 0.01 * (1 + math.cos(math.pi * progress)) / 2
 
 
 class MoCo(nn.Module):
-    eval_crop = 0.875  # share of the resized picture's shorter side that evaluation looks at: 224 of 256
+    eval_crop = 0.875  # evaluation crops this share of the resized picture's shorter side: 224 of 256
 
     def __init__(self, arch, image_size):
         super().__init__()
         sizes = dict(ARCHS[arch])
-        hidden, dim = sizes.pop("hidden"), sizes.pop("dim")
-        self.arch, self.image_size = arch, image_size
+        hidden, dim, _ = sizes.pop("hidden"), sizes.pop("dim"), sizes.pop("family")
+        self.arch, self.image_size, self.feature_dim = arch, image_size, sizes["width"]
         projector = _mlp(3, sizes["width"], hidden, dim)
         self.base_encoder = VisionTransformer(image_size, **sizes, head=projector)
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
         self.predictor = _mlp(2, dim, hidden, dim)
-        # of the pixels it expects, ImageNet's; on the model's device, and in no checkpoint
+        # input normalisation, ImageNet's; buffers, not saved
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def normalize(self, images):
-        """(b, 3, h, w) in 0 .. 255 -> float32, as `features` expects them; on the model's device."""
+        """(b, 3, h, w) in 0 .. 255 -> float32, as `features` expects; on the model's device."""
         return (images.float() / 255 - self.pixel_mean) / self.pixel_std
 
     def inputs(self, batch, device):
-        """What a loader gives, crops (b, 2, 3, h, w) uint8 and numbers (b, 2, 9) -> two views of each."""
+        """A loader's batch, crops (b, 2, 3, h, w) uint8 and numbers (b, 2, 9) -> arguments of `forward`."""
         crops, numbers = batch
         crops = crops.to(device, non_blocking=True)
         planned = [plan(numbers[:, k]) for k in range(2)]
@@ -324,19 +317,17 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_momentum_encoder(self, m):
-        """momentum encoder <- m x itself + (1 - m) x base encoder. Before the keys of a step are computed."""
-        base, moving = list(self.base_encoder.parameters()), list(self.momentum_encoder.parameters())
-        get_ema_multi_avg_fn(m)(moving, base, None)
+        """momentum encoder <- m x itself + (1 - m) x base encoder. Call before the step's `forward`."""
+        for moving, base in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters()):
+            moving.lerp_(base, 1 - m)
 
     def features(self, images):
-        """(b, 3, h, w) normalised images -> (b, width), of the base encoder without its projector."""
+        """(b, 3, h, w) normalised images -> (b, width), from the base encoder without its projector."""
         return self.base_encoder.forward_features(images)
 
     def forward(self, view1, view2):
-        """Two views (b, 3, h, w) of the same samples -> queries q1, q2, keys k1, k2: (b, dim) unit vectors.
-
-        The views go through the encoders one after the other: batch norm sees one view at a time.
-        """
+        """Two views (b, 3, h, w) of the same samples -> queries q1, q2, keys k1, k2, (b, dim), unit."""
+        # encode each view on its own: batch norm must see one at a time
         q1, q2 = (self.predictor(self.base_encoder(view)) for view in (view1, view2))
         with torch.no_grad():
             k1, k2 = (self.momentum_encoder(view) for view in (view1, view2))
@@ -344,13 +335,13 @@ class MoCo(nn.Module):
 
     @staticmethod
     def losses(q1, q2, k1, k2):
-        """-> (b,) losses of both views, and what to minimise: weighed by twice the temperature."""
+        """-> (b,) losses of both views, and the loss to minimise, scaled by twice the temperature."""
         a, b = info_nce(q1, k2, 1 / TEMPERATURE), info_nce(q2, k1, 1 / TEMPERATURE)
         return a, b, 2 * TEMPERATURE * (a + b).mean()
 
 
 def create(arch, image_size=224):
-    """A MoCo v3 model with random weights. arch: one of ARCHS. image_size: a multiple of the patch."""
+    """Create a MoCo v3 model with random weights. arch: one of ARCHS. image_size: a multiple of the patch."""
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
     patch = ARCHS[arch]["patch"]

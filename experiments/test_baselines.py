@@ -1,5 +1,6 @@
 """The baselines hit their budgets and are faithful to their sources; compare.py runs and counts them."""
 
+import csv
 import itertools
 import json
 import math
@@ -15,8 +16,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import baselines  # noqa: E402
 import compare  # noqa: E402
+import suspects  # noqa: E402
 import variants  # noqa: E402
 
+import data  # noqa: E402
 import train  # noqa: E402
 from scan import Scan, ScanSampler  # noqa: E402
 
@@ -273,6 +276,41 @@ def test_baselines_refuse_another_run_than_the_budgets(flags, said, tmp_path, mo
         baselines.main()
     line = capsys.readouterr().err.strip() or stopped.value.code
     assert said in line and "\n" not in line
+
+
+def test_suspects_are_listed_worst_first(tmp_path, monkeypatch, capsys):
+    """A state made by hand over shapes with a fifth of the captions shuffled."""
+    source = data.open_source("shapes:40", size=16)
+    pairs = data.Pairs(source, None, 16, mismatch=0.2)
+    planted, places = pairs.truth["ill_matched"], np.empty(40)
+    places[np.argsort(~planted, kind="stable")] = np.linspace(0.95, 0.05, 40)  # the planted ones come first
+    quantile = torch.from_numpy(places)
+    ill, redundant = 2 * (quantile > 0.5).to(torch.int16), 3 * (quantile < 0.3).to(torch.int16)
+    ill[(quantile < 0.3).nonzero()[0]] = 1  # marked as both: more often as redundant
+    flags = dict(arch="vit_tiny", data="shapes:40", image_size=16, mismatch=0.2)
+    flags |= dict(img_key="filepath", caption_key="title")
+    scan = {"counts": ill + redundant, "ill_counts": ill, "quantile": quantile.half(), "rounds": 4}
+    checkpoint = {"scan": scan, "args": flags, "data": {"size": 40, "hash": pairs.fingerprint()}}
+    torch.save(checkpoint, tmp_path / "last.pt")
+    command = ["suspects.py", str(tmp_path), "--out", str(tmp_path / "s.csv")]
+    monkeypatch.setattr(sys, "argv", command)
+    suspects.main()
+    with open(tmp_path / "s.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == "id where caption kind marked rounds quantile".split()
+    expected = []
+    for i in np.argsort(-places)[:20]:
+        expected.append([str(i), source.where(i), pairs.caption(i), "ill-matched", "2", "4"])
+    for i in np.argsort(places)[: int((places < 0.3).sum())]:
+        expected.append([str(i), source.where(i), pairs.caption(i), "redundant", "3", "4"])
+    assert [row[:-1] for row in rows] == expected
+    assert all(float(row[-1]) == pytest.approx(places[int(row[0])], abs=1e-3) for row in rows)
+    recall = 4 / planted.sum()  # the first tenth: four rows, all of them planted
+    assert f"first  10%  precision 100.0%  recall {recall:6.1%}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--data", "shapes:80"])
+    with pytest.raises(SystemExit):
+        suspects.main()
+    assert "shapes:80: not the data" in capsys.readouterr().err
 
 
 def test_a_coreset_leaves_out_what_all_runs_marked_most(monkeypatch):
