@@ -29,14 +29,16 @@ from scan import info_nce
 
 # Image tower, and (width, layers) of the text tower. Heads are width / 64.
 ARCHS = {
-    "vit_tiny": dict(embed_dim=128, vision=dict(width=192, layers=4, patch=16), text=(128, 3)),
-    "vit_s32": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=32), text=(384, 12)),
-    "vit_s16": dict(embed_dim=384, vision=dict(width=384, layers=12, patch=16), text=(384, 12)),
-    "vit_b32": dict(embed_dim=512, vision=dict(width=768, layers=12, patch=32), text=(512, 12)),
-    "vit_b16": dict(embed_dim=512, vision=dict(width=768, layers=12, patch=16), text=(512, 12)),
-    "rn50": dict(embed_dim=1024, vision=dict(width=64, layers=(3, 4, 6, 3)), text=(512, 12)),
-    "rn101": dict(embed_dim=512, vision=dict(width=64, layers=(3, 4, 23, 3)), text=(512, 12)),
-    "swin_b": dict(embed_dim=640, vision=dict(), text=(640, 12)),
+    "vit_tiny": dict(family="vit", embed_dim=128, vision=dict(width=192, layers=4, patch=16), text=(128, 3)),
+    "vit_s32": dict(family="vit", embed_dim=384, vision=dict(width=384, layers=12, patch=32), text=(384, 12)),
+    "vit_s16": dict(family="vit", embed_dim=384, vision=dict(width=384, layers=12, patch=16), text=(384, 12)),
+    "vit_b32": dict(family="vit", embed_dim=512, vision=dict(width=768, layers=12, patch=32), text=(512, 12)),
+    "vit_b16": dict(family="vit", embed_dim=512, vision=dict(width=768, layers=12, patch=16), text=(512, 12)),
+    "rn50": dict(family="resnet", embed_dim=1024, vision=dict(width=64, layers=(3, 4, 6, 3)), text=(512, 12)),
+    "rn101": dict(
+        family="resnet", embed_dim=512, vision=dict(width=64, layers=(3, 4, 23, 3)), text=(512, 12)
+    ),
+    "swin_b": dict(family="swin", embed_dim=640, vision=dict(), text=(640, 12)),
 }
 
 

@@ -221,13 +221,14 @@ class Source:
 
     truth = {}  # name of a planted fault -> mask (N,)
     classes, labels = None, None  # names, and (N,) int
+    templates = ["a photo of a {}."]  # captions of a class
     skipped = {}  # extension -> number of files that were left out
 
     def __len__(self):
         return len(self.images)
 
     def caption(self, i):
-        return self.classes[self.labels[i]]
+        return self.templates[0].replace("{}", self.classes[self.labels[i]])
 
 
 _TURN = np.pi / 2
@@ -766,7 +767,15 @@ def _expand(pattern):
     return [p for part in parts for p in _expand(pattern[: brace.start()] + part + pattern[brace.end() :])]
 
 
-def open_source(
+def open_source(spec, *, templates=None, **options):
+    """A --data argument -> its source. Raises UserError."""
+    source = _open_source(spec, **options)
+    if templates:
+        source.templates = templates
+    return source
+
+
+def _open_source(
     spec, *, train=True, size=64, seed=0, captions=True, download=False,
     image_key="filepath", caption_key="title", label_key=None
 ):  # fmt: skip

@@ -835,7 +835,8 @@ def wnids(path):
 
 
 def templates(path):
-    found = lines(path)
+    """argparse type: a template, or a file of them."""
+    found = [path] if "{}" in path else lines(path)
     if not all("{}" in template for template in found):
         raise argparse.ArgumentTypeError(f"{path}: every line needs a {{}} for the class name")
     return found

@@ -27,9 +27,9 @@ from scan import info_nce
 
 # hidden, dim: of the projector and the predictor. moco_vit_tiny is ours, for two CPU cores.
 ARCHS = {
-    "moco_vit_tiny": dict(width=96, layers=4, heads=3, patch=8, hidden=512, dim=128),
-    "moco_vit_s16": dict(width=384, layers=12, heads=12, patch=16, hidden=4096, dim=256),
-    "moco_vit_b16": dict(width=768, layers=12, heads=12, patch=16, hidden=4096, dim=256),
+    "moco_vit_tiny": dict(family="vit", width=96, layers=4, heads=3, patch=8, hidden=512, dim=128),
+    "moco_vit_s16": dict(family="vit", width=384, layers=12, heads=12, patch=16, hidden=4096, dim=256),
+    "moco_vit_b16": dict(family="vit", width=768, layers=12, heads=12, patch=16, hidden=4096, dim=256),
 }
 
 
@@ -297,7 +297,7 @@ class MoCo(nn.Module):
     def __init__(self, arch, image_size):
         super().__init__()
         sizes = dict(ARCHS[arch])
-        hidden, dim = sizes.pop("hidden"), sizes.pop("dim")
+        hidden, dim, _ = sizes.pop("hidden"), sizes.pop("dim"), sizes.pop("family")
         self.arch, self.image_size = arch, image_size
         projector = _mlp(3, sizes["width"], hidden, dim)
         self.base_encoder = VisionTransformer(image_size, **sizes, head=projector)
