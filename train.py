@@ -68,15 +68,9 @@ def train(args, rank, world, device, make_scan=Scan):
     optimizer = make_optimizer(model, args)
     sampler = make_sampler(args, len(dataset), make_scan)
     scan = sampler.scan
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=data.collate,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-    )
+    workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0, worker_init_fn=start_worker)
+    workers |= dict(collate_fn=data.collate, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, batch_sampler=sampler, **workers)
     set_warmup_and_precision(args, len(sampler), device)
     run = Run(args, rank, world, device, dataset, val, tokenizer, model, optimizer, scan)
     first_epoch = run.resume()
@@ -94,7 +88,8 @@ def train(args, rank, world, device, make_scan=Scan):
                 group["lr"] = learning_rate(now, args)
             if is_moco:
                 model.update_momentum_encoder(moco.momentum(now / args.epochs))
-            torch.manual_seed(step_seed(args.seed, epoch, step, rank))  # for stochastic depth
+            seeds = np.random.SeedSequence([args.seed, epoch, step, rank])
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))  # for stochastic depth
 
             inputs = model.inputs(batch, device)
             features = forward(module, inputs, autocast, args.accum)
@@ -110,18 +105,15 @@ def train(args, rank, world, device, make_scan=Scan):
             run.after_step(step + 1, steps, failed, a + b)  # saves and prints; ends the run on a signal
         scan.end_epoch()
         run.end_epoch()  # logs, saves and evaluates
-    run.print_table()
+    say("\n" + table(run.records, args))
 
 
 # ---------------------------------------------------------------- one step
 
 
 def forward(module, inputs, autocast, accum=1):
-    """Compute the features of a batch, from which the losses are computed.
-
-    accum > 1 (CLIP only) needs the memory of a micro-batch, yet keeps all negatives: the features are
-    computed in micro-batches without a graph. After loss.backward(), `backward_in_parts` does the rest.
-    """
+    """Compute the features of a batch. accum > 1 (CLIP) saves memory, yet keeps all negatives: the features
+    of micro-batches, without a graph. After loss.backward(), `backward_in_parts` does the rest."""
     if accum == 1:
         with autocast:
             return module(*inputs)
@@ -145,11 +137,6 @@ def backward_in_parts(module, inputs, features, autocast, accum):
         with autocast:
             outputs = module(pixels[k], tokens[k])
         torch.autograd.backward(outputs, [image_grads[k], text_grads[k], scale.grad / accum])
-
-
-def step_seed(*key):
-    """Derive one seed from (run's seed, epoch, step, rank)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 def learning_rate(now, args):
@@ -192,10 +179,9 @@ def make_optimizer(model, args):
     decay, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            if args.arch in moco.ARCHS or evaluation.decays(name, parameter):
-                decay.append(parameter)
-            else:
-                others.append(parameter)
+            decaying = args.arch in moco.ARCHS or evaluation.decays(name, parameter)
+            group = decay if decaying else others
+            group.append(parameter)
     betas, eps = (0.9, 0.999), 1e-8
     if clip_family(args.arch) == "vit":
         betas, eps = (0.9, 0.98), 1e-6
@@ -256,23 +242,12 @@ def open_source(args, spec, training, captions=True):
 
 def make_sampler(args, total, make_scan):
     settings = dict(t_cos=args.t_cos, threshold=args.warmup_threshold, rule=args.warmup_rule, seed=args.seed)
-    keep = read_keep(args.keep)
     try:
+        keep = np.load(args.keep) if args.keep else None
         scan = make_scan(total, args.prune, args.rho_red, args.rho_ill, **settings, keep=keep)
         return ScanSampler(scan, args.batch_size)
-    except ValueError as error:
-        raise UserError(f"--batch-size, --keep: {error}") from None
-
-
-def read_keep(path):
-    """Read the ids of a static coreset; None without a path."""
-    if path is None:
-        return None
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--keep {path}: not a .npy file of ids ({error})") from None
-    return ids.astype(np.int64) if ids.dtype.kind == "u" else ids
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"--prune, --batch-size, --keep: {error}") from None
 
 
 def evaluate(model, tokenizer, source, val, device, workers):
@@ -328,7 +303,7 @@ def parse_args(argv=None):
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if the GPU has it")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: 5,000 or more steps on a GPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda, or else cpu")
-    add("--workers", type=count, help="loading processes per rank (default: the cores each rank has)")
+    add("--workers", type=count, default=evaluation.loading_processes(), help="loading processes per rank")
     add("--eval-every", type=count, default=5, help="in epochs; 0: at the end only")
     add("--save-every", type=count, default=0, help="in steps, besides each epoch's checkpoint")
     add("--max-bad", type=share, default=0.01, help="share of unreadable samples that ends the run")
@@ -355,21 +330,12 @@ def fill_in(args):
     args.rho_red = args.prune if args.rho_red is None else args.rho_red
     args.rho_ill = args.prune if args.rho_ill is None else args.rho_ill
     args.out = args.out or f"runs/{args.arch}-prune{args.prune:g}-seed{args.seed}"
-    if args.workers is None:
-        args.workers = evaluation.loading_processes()
     if args.val_data is None and on_shapes:
         args.val_data = "shapes"
 
 
 def check(args, error):
-    """Refuse what no single flag shows, before the data are opened."""
-    try:
-        Scan(1, args.prune, args.rho_red, args.rho_ill, args.t_cos, args.warmup_threshold)
-    except ValueError as wrong:
-        error(f"--prune, --rho-red, --rho-ill: {wrong}")
-    for flag, rho in (("--rho-red", args.rho_red), ("--rho-ill", args.rho_ill)):
-        if rho and not int(rho * args.batch_size):
-            error(f"--prune, {flag}: {rho:g} of --batch-size {args.batch_size} is less than one sample")
+    """Checks that involve several flags. Scan, ScanSampler and the models check theirs."""
     if args.warmup is not None and args.warmup > args.epochs:
         error(f"--warmup must be at most the {args.epochs} epochs, got {args.warmup:g}")
     ranks = int(os.environ.get("WORLD_SIZE") or 1)
@@ -384,7 +350,6 @@ def check(args, error):
 # ---------------------------------------------------------------- what survives crashes
 
 VERSION = 2  # of checkpoints
-
 # a resumed run must agree on these; the rest (workers, how often to evaluate ...) may change
 METHOD = (
     "arch prune rho_red rho_ill t_cos warmup_threshold warmup_rule keep mismatch templates epochs batch_size "
@@ -399,28 +364,27 @@ class Run:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.dataset, self.val, self.tokenizer = dataset, val, tokenizer
         self.model, self.optimizer, self.scan = model, optimizer, scan
-        self.out, self.signals, self.records = Path(args.out), Signals(), []
+        self.out, self.records = Path(args.out), []
+        self.signal, self.signal_time = 0, 0.0  # the number of the first signal to stop, and when it came
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+        self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = dist.new_group(backend="gloo", timeout=evaluation.TIMEOUT) if world > 1 else None
         self.totals = {"samples": 0, "seconds": 0.0, "data_seconds": 0.0, "bad": []}  # of this epoch
         self.samples_seen = 0  # in the epochs before
-        self.identity = {"size": len(dataset), "hash": dataset.fingerprint(), "kept": None}
-        if args.keep:
-            self.identity["kept"] = hashlib.sha256(scan.kept.numpy()).hexdigest()[:16]
+        kept = hashlib.sha256(scan.kept.numpy()).hexdigest()[:16] if args.keep else None
+        self.identity = {"size": len(dataset), "hash": dataset.fingerprint(), "kept": kept}
         self.check_ranks_agree("data", self.identity)
-
-    # ------------------------------------------------ called by `train`
 
     def resume(self):
         """Load the newest checkpoint, if there is one -> the epoch to go on with."""
         self.lock = claim(self.out) if self.rank == 0 else None
         self.gather(None)  # wait until rank 0 has created --out
         checkpoint, path = newest_checkpoint(self.out)
-        epoch = step = 0
-        if checkpoint is not None:
-            self.refuse_other_run(checkpoint, path)
-            epoch, step = checkpoint["epoch"], checkpoint["step"]
+        epoch, step = checkpoint.get("epoch", 0), checkpoint.get("step", 0)
         self.check_ranks_agree("checkpoint in --out", (epoch, step))
-        if checkpoint is not None:
+        if path is not None:
+            self.refuse_other_run(checkpoint, path)
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scan.load_state_dict(checkpoint["scan"])
@@ -428,13 +392,13 @@ class Run:
             if self.rank == 0 and path.name == "prev.pt":
                 os.replace(path, self.out / "last.pt")  # else the next save makes the damaged file prev.pt
         self.read_log(epoch)
-        self.finished = epoch == self.args.epochs
+        self.log()
         say(header(self))
-        if checkpoint is not None:
+        if path is not None:
             say(f"          going on from epoch {epoch}, step {step}")
-        if self.rank == 0:
-            config = json.dumps(vars(self.args), indent=1).encode()
-            write_whole(self.out / "config.json", lambda file: file.write(config))
+        if epoch == self.args.epochs:
+            say(f"This run was finished before. To start anew, remove {self.out} or choose another --out.")
+        self.write("config.json", json.dumps(vars(self.args), indent=1))
         if epoch and not step:
             self.evaluate_if_due(epoch - 1)
         return epoch
@@ -446,20 +410,14 @@ class Run:
 
     def timed(self, loader):
         """Yield the loader's batches; count the time spent waiting for them."""
-        batches = iter(loader)
-        while True:
-            began = time.monotonic()
-            batch = next(batches, None)
+        began = time.monotonic()
+        for batch in loader:
             self.totals["data_seconds"] += time.monotonic() - began
-            if batch is None:
-                return
             yield batch
+            began = time.monotonic()
 
     def after_step(self, done, steps, failed, losses):
-        """Print, save, and end the run if a signal asks for it.
-
-        done: steps of this epoch so far. failed: ids that can't be read. losses: (b,), of both directions.
-        """
+        """Print, save, end the run on a signal. failed: ids that can't be read. losses: (b,), a + b."""
         self.totals["samples"] += self.args.batch_size
         self.totals["seconds"] = time.monotonic() - self.began
         if len(failed):
@@ -468,9 +426,8 @@ class Run:
         if self.rank == 0 and time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 15):
             self.shown = time.monotonic()
             say(self.live_line(done, steps, losses.mean().item() / 2), live=True)
-        stopping = 0
-        if self.world == 1 or done % 10 == 0 or done == steps:  # ranks must agree, which takes time
-            stopping = self.stop_signal()
+        agreeing = self.world == 1 or done % 10 == 0 or done == steps  # with other ranks it takes time
+        stopping = self.stop_signal() if agreeing else 0
         if stopping or (self.args.save_every and done % self.args.save_every == 0):
             self.refuse_non_finite(f"in epoch {self.scan.epoch}, step {done}")
             self.save(self.scan.epoch, done)
@@ -486,20 +443,11 @@ class Run:
         bad = self.union_over_ranks(self.totals["bad"])
         self.refuse_many_bad(bad)
         self.samples_seen += self.totals["samples"]
-        record = {
-            "event": "epoch",
-            "epoch": epoch,
-            "stage": self.stage(),
-            "loss": round(scan.loss, 6) if scan.step else None,  # an epoch may have no steps
-            "kept": scan.num_kept,
-            "total": len(self.dataset),
-            "candidates": int((scan.redundant | scan.ill_matched).count_nonzero()),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "samples": self.totals["samples"],
-            "samples_seen": self.samples_seen,
-            "seconds": round(self.totals["seconds"], 3),
-            "data_seconds": round(self.totals["data_seconds"], 3),
-        }
+        record = dict(event="epoch", epoch=epoch, stage=self.stage(), kept=scan.num_kept)
+        record |= dict(total=len(self.dataset), loss=round(scan.loss, 6) if scan.step else None)
+        record |= dict(candidates=len(scan.candidates), lr=self.optimizer.param_groups[0]["lr"])
+        record |= dict(samples=self.totals["samples"], samples_seen=self.samples_seen)
+        record |= {name: round(self.totals[name], 3) for name in ("seconds", "data_seconds")}
         if self.stage() == "preparation" and self.dataset.truth:
             record["found"] = found(scan, self.dataset.truth)
         if bad:
@@ -510,23 +458,11 @@ class Run:
         kept = scan.num_kept / len(self.dataset)
         line = f"epoch {epoch:>3}/{self.args.epochs}  {self.stage():<11} kept {kept:6.1%}"
         line += f"  loss {scan.loss:.4f}  {record['seconds']:.1f} s"
-        if bad:
-            line += f"  {len(bad)} unreadable"
-        say(line)
+        say(line + (f"  {len(bad)} unreadable" if bad else ""))
         self.evaluate_if_due(epoch)
         stopping = self.stop_signal()
         if stopping and epoch + 1 < self.args.epochs:
             self.stop(stopping, f"after epoch {epoch}")
-
-    def print_table(self):
-        say("\n" + table(self.records, self.args))
-        if self.finished:
-            say(
-                f"\nThis run was finished before. To start anew, or for longer (its rate has fallen to 0), "
-                f"remove {self.out} or choose another --out."
-            )
-
-    # ------------------------------------------------ the folder
 
     def save(self, epoch, step):
         self.totals["bad"] = self.union_over_ranks(self.totals["bad"])
@@ -551,37 +487,27 @@ class Run:
     def read_log(self, epochs_done):
         """Read the records of the epochs that are done; drop those of epochs that are run again."""
         path = self.out / "log.jsonl"
-        if path.exists() and epochs_done:
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):  # a line cut short by a kill
-                    record = json.loads(line)
-                    if record["epoch"] < epochs_done:
-                        self.records.append(record)
-        if self.rank == 0:
-            lines = "".join(json.dumps(record) + "\n" for record in self.records)
-            write_whole(path, lambda file: file.write(lines.encode()))
+        if path.exists():
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.records = [record for record in records if record["epoch"] < epochs_done]
 
-    def log(self, record):
-        self.records.append(record)
+    def log(self, *records):
+        self.records += records
+        self.write("log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
+
+    def write(self, name, text):
         if self.rank == 0:
-            try:
-                with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.out}/log.jsonl: cannot be written ({error.strerror})") from None
+            write_whole(self.out / name, lambda file: file.write(text.encode()))
 
     def evaluate_if_due(self, epoch):
         last, every = epoch + 1 == self.args.epochs, self.args.eval_every
         done = any(r["event"] == "eval" and r["epoch"] == epoch for r in self.records)
         due = self.val is not None and not done and (last or (every and (epoch + 1) % every == 0))
         if self.gather(due)[0]:  # rank 0 decides: it wrote the log
-            result = evaluate(
-                self.model, self.tokenizer, self.dataset.source, self.val, self.device, self.args.workers
-            )
+            options = self.dataset.source, self.val, self.device, self.args.workers
+            result = evaluate(self.model, self.tokenizer, *options)
             self.log({"event": "eval", "epoch": epoch} | result)
             say("    " + scores(result))
-
-    # ------------------------------------------------ the ranks
 
     def gather(self, value):
         """A list of every rank's value."""
@@ -597,13 +523,27 @@ class Run:
         """Fail loudly if a value differs between the ranks (its hashes are compared)."""
         content = value.numpy().tobytes() if torch.is_tensor(value) else str(value).encode()
         if len(set(self.gather(hashlib.sha256(content).digest()))) > 1:
-            raise UserError(
-                f"the ranks disagree on the {what}: do they see the same data and run the same code?"
-            )
+            raise UserError(f"the ranks disagree on the {what}: do they see the same data and code?")
+
+    def receive(self, number, _):
+        """Handle Ctrl-C (SIGINT) and SIGTERM: the first asks to stop, a second one ends the process."""
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+            if self.rank == 0:
+                with contextlib.suppress(OSError):  # print() cannot interrupt a print()
+                    os.write(
+                        2, b"\ntrain.py: stopping after this step; a second signal ends the run at once\n"
+                    )
+        elif time.monotonic() - self.signal_time > 1:  # `timeout` sends each signal twice
+            end_loading()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def stop_signal(self):
         """The number of a signal that asks any rank to stop, or 0."""
-        return max(self.gather(self.signals.asked()))
+        if self.agent not in (None, os.getppid()):
+            self.signal = signal.SIGTERM  # torchrun died: stop by ourselves
+        return max(self.gather(int(self.signal)))
 
     def stop(self, number, where):
         """End the process, on all ranks together: torchrun would kill the others while rank 0 is saving."""
@@ -615,21 +555,15 @@ class Run:
         """Look at the weights: they are not finite after any loss that was not."""
         finite = [x.isfinite().all() for x in self.model.state_dict().values()]
         if not torch.stack(finite).all():
-            raise UserError(
-                f"weights not finite {when}: stopped; {self.out} holds the checkpoint before it. "
-                "A lower --lr or --precision fp32 may help"
-            )
+            hint = f"{self.out} holds the checkpoint before; a lower --lr or --precision fp32 may help"
+            raise UserError(f"weights not finite {when}: {hint}")
 
     def refuse_many_bad(self, ids):
         """Called with this rank's ids after each step, and with all ranks' after each epoch."""
         if len(ids) > self.args.max_bad * len(self.dataset):
             causes = "; ".join(self.dataset.why(i) for i in ids[:3])
-            raise UserError(
-                f"{len(ids)} samples can't be read, more than --max-bad {self.args.max_bad:g} of "
-                f"{len(self.dataset):,}: {causes}"
-            )
-
-    # ------------------------------------------------ progress
+            limit = f"--max-bad {self.args.max_bad:g} of {len(self.dataset):,}"
+            raise UserError(f"{len(ids)} samples can't be read, more than {limit}: {causes}")
 
     def stage(self):
         return self.scan.stage if self.args.rho_red or self.args.rho_ill else "full data"
@@ -637,9 +571,8 @@ class Run:
     def live_line(self, done, steps, loss):
         totals, epochs, epoch = self.totals, self.args.epochs, self.scan.epoch
         pace = totals["seconds"] / totals["samples"]  # seconds per sample
-        waiting = totals["data_seconds"] / totals["seconds"]
         text = f"epoch {epoch}/{epochs} {self.stage()} {done}/{steps}  loss {loss:.3f}  {1 / pace:,.0f}/s"
-        text += f"  data {waiting:.0%}"
+        text += f"  data {totals['data_seconds'] / totals['seconds']:.0%}"
         if done >= 10 or epoch:
             full = self.scan.num_samples * (1 - (self.args.rho_red + self.args.rho_ill) / 2)
             left = pace * ((steps - done) * self.args.batch_size + (epochs - epoch - 1) * full)
@@ -648,58 +581,46 @@ class Run:
 
 
 def settings(args, data, tokenizer):
-    """What a resumed run must agree on, by the words of the message that refuses another run."""
+    """What a resumed run must agree on, by name."""
     flags = {f"--{name.replace('_', '-')}": args.get(name) for name in METHOD}
-    return flags | {
-        "tokens of": tokenizer,
-        "this number of samples:": data["size"],
-        "data of hash": data["hash"],
-        "--keep ids of hash": data["kept"],
-    }
+    of_data = {"--data of size": data["size"], "--data of hash": data["hash"], "--keep of hash": data["kept"]}
+    return flags | of_data | {"tokenizer": tokenizer}
 
 
 def header(run):
     """The lines before the first epoch."""
     args, batch, kept, world = run.args, run.args.batch_size, run.scan.num_kept, run.world
-    lines = [f"data      {args.data}: {len(run.dataset):,} samples, hash {run.identity['hash']}"]
-    lines += left_out(run.dataset.source)
+    lines = [f"data      {contents(args.data, run.dataset.source)}; hash {run.identity['hash']}"]
     if args.keep:
         lines += [f"          {kept:,} of them are in {args.keep}"]
     if kept % batch > 0.1 * kept:
         lines += [f"          {kept % batch:,} of them, others in each epoch, fill no batch of {batch}"]
-    if run.val is None:
-        lines += ["checking  no --val-data: no evaluation"]
-    else:
-        lines += [f"checking  {args.val_data}: {len(run.val):,} samples", *left_out(run.val)]
     if run.tokenizer is not None:
-        toy = ": for trying out; for real captions, and for open_clip, give --vocab"
-        lines += [f"text      {run.tokenizer.name}{toy if run.tokenizer.name == 'hashed words' else ''}"]
+        toy = "" if args.vocab else ": for trying out; for real captions, and for open_clip, give --vocab"
+        lines += [f"text      {run.tokenizer.name}{toy}"]
+    checking = "nothing: no --val-data" if run.val is None else contents(args.val_data, run.val)
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    running = f"{world} rank(s) on {run.device.type}, {args.precision}, compile {args.compile}"
     red, ill = int(args.rho_red * batch), int(args.rho_ill * batch)
-    pruning = "none"
-    if red or ill:
-        pruning = f"{red} of {batch} marked redundant (int({args.rho_red:g} x {batch})), {ill} ill-matched "
-        pruning += (
-            f"(int({args.rho_ill:g} x {batch})): after the warm-up {(red + ill) / 2 / batch:.1%} left out "
-        )
-        pruning += f"per round of 1 + {args.t_cos} epochs"
-    lines += [
-        f"model     {args.arch}, {parameters:.1f} M parameters, {args.image_size} px",
-        f"running   {world} rank(s) on {run.device.type}, {args.precision}, compile {args.compile}; "
-        f"{args.workers} loading process(es) per rank, seed {args.seed}",
-        f"batch     {batch} global = {batch // world} per rank x {world}; "
-        f"chance-level loss ln({batch}) = {math.log(batch):.3f}",
-        f"rate      {args.lr:g}, {args.warmup:g} of {args.epochs} epochs warm-up; weight decay {args.wd:g}",
-        f"pruning   {pruning}",
-        f"writing   {run.out}/log.jsonl, last.pt",
-    ]
-    return "\n".join(lines)
+    marked = f"int({args.rho_red:g} x {batch}) = {red} redundant"
+    marked += f", int({args.rho_ill:g} x {batch}) = {ill} ill-matched"
+    text = "\n".join(lines)
+    return f"""{text}
+checking  {checking}
+model     {args.arch}, {parameters:.1f} M parameters, {args.image_size} px, seed {args.seed}
+running   {running}; {args.workers} loading process(es) per rank
+batch     {batch} global = {batch // world} per rank x {world}
+          ln({batch}) = {math.log(batch):.3f} is the chance-level loss
+rate      {args.lr:g}, {args.warmup:g} of {args.epochs} epochs warm-up; weight decay {args.wd:g}
+pruning   {marked} marked per batch:
+          after the warm-up {(red + ill) / 2 / batch:.1%} left out per round of 1 + {args.t_cos} epochs
+writing   {run.out}/log.jsonl, last.pt"""
 
 
-def left_out(source):
-    """A line that counts the user's files that are not used, if there are any."""
-    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(source.skipped.items()))
-    return [f"          left out: {kinds}"] if kinds else []
+def contents(spec, source):
+    """How many samples a source has, and how many files of which kinds it leaves out."""
+    skipped = ", ".join(f"{n:,} {kind}" for kind, n in sorted(source.skipped.items()))
+    return f"{spec}: {len(source):,} samples" + (f"; left out: {skipped}" if skipped else "")
 
 
 def table(records, args):
@@ -732,8 +653,8 @@ def savings(epochs, batch):
     waiting = sum(r["data_seconds"] for r in epochs) / seconds
     time_spent = f"training {seconds:,.0f} s, {waiting:.0%} waiting for data"
     if min(kept) == max(kept):  # no pruning; a static coreset keeps less than all
-        share_kept = kept[0] / epochs[0]["total"]
-        return f"samples seen {seen:,}: {share_kept:.1%} of the data in every epoch\n{time_spent}"
+        part = kept[0] / epochs[0]["total"]
+        return f"samples seen {seen:,}: {part:.1%} of the data in every epoch\n{time_spent}"
     full = len(epochs) * (max(kept) // batch * batch)
     full_epochs = [r for r in epochs if r["stage"] != "mutation"]
     if full_epochs and np.median([r["seconds"] for r in full_epochs]) >= 5:  # shorter ones are noise
@@ -749,14 +670,11 @@ def found(scan, truth):
     """How well the newest candidates match planted faults: precision, recall, and both shares."""
     result = {}
     for kind, planted in truth.items():
-        marked, planted = getattr(scan, kind).cpu(), torch.from_numpy(planted)
-        hits = int((marked & planted).sum())
-        result[kind] = {
-            "precision": round(hits / max(int(marked.sum()), 1), 4),
-            "recall": round(hits / max(int(planted.sum()), 1), 4),
-            "marked": round(marked.double().mean().item(), 4),
-            "planted": round(planted.double().mean().item(), 4),
-        }
+        marked = getattr(scan, kind).cpu().numpy()
+        hits = (marked & planted).sum()
+        shares = dict(precision=hits / max(marked.sum(), 1), recall=hits / max(planted.sum(), 1))
+        shares |= dict(marked=marked.mean(), planted=planted.mean())
+        result[kind] = {name: round(float(value), 4) for name, value in shares.items()}
     return result
 
 
@@ -782,10 +700,7 @@ def say(text, live=False):
 
 
 def claim(out, patience=60):
-    """Lock a folder against other runs -> the lock, held until the process ends or closes it.
-
-    Ranks whose torchrun was killed need some seconds to notice, so wait for them.
-    """
+    """Lock a folder -> the lock. Waits, since ranks whose torchrun was killed need seconds to notice."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a")
@@ -827,49 +742,16 @@ def save_checkpoint(out, checkpoint):
 
 
 def newest_checkpoint(out):
-    """-> the newest whole checkpoint of a folder and its path, or None twice."""
-    damaged = []
-    for path in (out / "last.pt", out / "prev.pt"):
-        if path.exists():
-            try:
-                checkpoint = evaluation.load_checkpoint(path)
-            except UserError:
-                damaged.append(str(path))
-                continue
-            if damaged:
-                say(f"{damaged[0]} is damaged: going on from {path}")
-            return checkpoint, path
-    if damaged:
-        raise UserError(f"{' and '.join(damaged)}: damaged; remove {out} to start anew")
-    return None, None
-
-
-class Signals:
-    """Ctrl-C (SIGINT) or SIGTERM: the first asks the run to stop, a second one ends the process at once."""
-
-    def __init__(self):
-        self.number, self.first = 0, 0.0
-        self.agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, _):
-        if not self.number:
-            self.number, self.first = number, time.monotonic()
-            if int(os.environ.get("RANK") or 0) == 0:
-                text = "\ntrain.py: stopping after this step; a second signal ends the run at once\n"
-                with contextlib.suppress(OSError):
-                    os.write(2, text.encode())  # print() may not be called within print()
-        elif time.monotonic() - self.first > 1:  # `timeout` sends each signal twice
-            end_loading()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def asked(self):
-        """The number of the signal that came first, or 0."""
-        if self.agent not in (None, os.getppid()):
-            self.number = signal.SIGTERM  # torchrun died: stop by ourselves
-        return int(self.number)
+    """-> the newest whole checkpoint of a folder and its path; without one, {} and None."""
+    paths = [path for path in (out / "last.pt", out / "prev.pt") if path.exists()]
+    for path in paths:
+        try:
+            return evaluation.load_checkpoint(path), path
+        except UserError as error:
+            say(f"damaged: {error}")
+    if paths:
+        raise UserError(f"{out}: its checkpoints are damaged; remove it to start anew")
+    return {}, None
 
 
 def start_worker(_):
@@ -907,8 +789,6 @@ def main(argv=None, make_scan=Scan):
         if not str(error).startswith("DataLoader worker"):
             raise
         evaluation.fail("train.py", f"a loading process died, out of memory? {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     finally:
         end_loading()
         if dist.is_initialized():
