@@ -47,17 +47,7 @@ import eval as evaluation
 import moco
 import scan as scan_module
 import train
-from scan import (
-    Scan,
-    ScanSampler,
-    WithIds,
-    coreset,
-    info_nce,
-    prune_ratio,
-    pruned_set,
-    select_candidates,
-    warmed_up,
-)
+from scan import Scan, ScanSampler, WithIds, coreset, info_nce, prune_ratio, select_candidates, warmed_up
 
 HERE = Path(__file__).parent
 FLOAT32 = torch.autocast("cpu", enabled=False)
@@ -68,13 +58,6 @@ torch.set_num_threads(1)  # models that take milliseconds: more threads would on
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def signals_stay_with_pytest(monkeypatch):
-    """train.main takes Ctrl-C and SIGTERM for itself; in this process they are to end the tests."""
-    real, theirs = signal.signal, (signal.SIGINT, signal.SIGTERM)
-    monkeypatch.setattr(signal, "signal", lambda n, handler: None if n in theirs else real(n, handler))
 
 
 def generator(seed=0):
@@ -939,7 +922,7 @@ def test_coreset_is_the_intersection_topped_up_to_the_ratio():
         counts = torch.zeros(100, dtype=torch.int16)
         counts[:20], counts[20 + 10 * seed : 30 + 10 * seed] = 3, 2
         states.append(counted(counts, seed))
-    assert pruned_set(states[0], 0.3).nonzero().flatten().tolist() == list(range(30))
+    assert scan_module.pruned_set(states[0], 0.3).nonzero().flatten().tolist() == list(range(30))
     kept = coreset(states, 0.3)
     pruned = set(range(100)) - set(kept.tolist())
     assert len(kept) == 70 and set(range(20)) < pruned < set(range(40))
@@ -960,7 +943,7 @@ def test_coreset_leaves_out_what_all_runs_pruned_before_what_one_run_counted_mos
 def test_ties_in_counts_do_not_inflate_the_overlap(seeds):
     counts = torch.zeros(2, 2000)
     counts[0, 0] = counts[1, 1] = 1  # two runs, which may share their seed
-    first, second = (pruned_set(counted(c, seed), 0.3) for c, seed in zip(counts, seeds))
+    first, second = (scan_module.pruned_set(counted(c, seed), 0.3) for c, seed in zip(counts, seeds))
     assert (first & second).sum() / (first | second).sum() == pytest.approx(0.3 / 1.7, abs=0.04)
 
 
@@ -2720,7 +2703,10 @@ def test_static_coreset_from_runs(scanned, tmp_path, capsys):
     assert three["kept_chance"] == pytest.approx(0.7**3 / (1 - 0.3**3), abs=1e-3)
     assert pair["kept_chance"] == pytest.approx(0.5385, abs=1e-3)
     assert pair["pruned_chance"] == pytest.approx(0.1765, abs=1e-3)
-    a, b = (pruned_set(torch.load(run / "last.pt", weights_only=True)["scan"], 0.3) for run in scanned[:2])
+    a, b = (
+        scan_module.pruned_set(torch.load(run / "last.pt", weights_only=True)["scan"], 0.3)
+        for run in scanned[:2]
+    )
     assert pair["pruned"] == pytest.approx(((a & b).sum() / (a | b).sum()).item(), abs=1e-3)
     assert pair["kept"] == pytest.approx(((~a & ~b).sum() / (~a | ~b).sum()).item(), abs=1e-3)
     assert "other data" in eval_refuses(capsys, "coreset", *scanned, "--prune", "0.3", "--out", kept)
@@ -2982,6 +2968,13 @@ def test_one_rank_speaks_for_all(monkeypatch, capsys, tmp_path):
 
 TINY = "--data shapes:72 --val-data shapes:20 --batch-size 16 --epochs 9 --device cpu --workers 0"
 TINY += " --eval-every 2 --warmup-threshold 9 --image-size "
+
+
+@pytest.fixture(autouse=True)
+def signals_stay_with_pytest(monkeypatch):
+    """train.main takes Ctrl-C and SIGTERM for itself; in this process they are to end the tests."""
+    real, theirs = signal.signal, (signal.SIGINT, signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", lambda n, handler: None if n in theirs else real(n, handler))
 
 
 @pytest.fixture
@@ -3324,25 +3317,21 @@ def test_swin_has_a_stochastic_depth_of_a_tenth():
 # ---------------------------------------------------------------- train.py: optimizer, schedule, draws
 
 
-@pytest.mark.parametrize("arch", [*clip_model.ARCHS, "moco_vit_s16", "moco_vit_b16", "moco_vit_tiny"])
+@pytest.mark.parametrize("arch", [*clip_model.ARCHS, "moco_vit_s16"])
 def test_optimizer_is_the_papers(arch):
     args = train.parse_args(["--arch", arch, "--data", "x.tar", "--wd", "0.07"])
-    is_moco = arch.startswith("moco")
     with torch.device("meta"):  # sizes alone
-        model = moco.create(arch, 32) if is_moco else clip_model.create(arch, 64, vocab_size=50)
+        model = moco.create(arch, 32) if arch in moco.ARCHS else clip_model.create(arch, 64, vocab_size=50)
     groups = train.make_optimizer(model, args).param_groups
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    decay = {name_of[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert decay.keys() == trained and set(decay.values()) <= {0, 0.07}
-    if is_moco:
-        assert not [name for name in trained if name.startswith("momentum_encoder.")]
-        expected = trained  # biases and norms too
-    else:  # open_clip's rule: matrices, unless they are biases
-        shapes = {name: p.ndim for name, p in model.named_parameters()}
-        expected = {name for name in trained if shapes[name] > 1 and "bias" not in name}
-        assert "logit_scale" not in expected
-    assert {name for name in trained if decay[name]} == expected
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for (
+        name,
+        p,
+    ) in model.named_parameters():  # open_clip: matrices, unless they are biases; MoCo v3: everything
+        decays = arch in moco.ARCHS or (p.ndim > 1 and "bias" not in name)
+        assert not p.requires_grad or decay.pop(id(p)) == (0.07 if decays else 0), name
+        assert not (p.requires_grad and name.startswith("momentum_encoder."))
+    assert not decay
     betas, eps = ((0.9, 0.98), 1e-6) if arch.startswith("vit") else ((0.9, 0.999), 1e-8)
     assert all(group["betas"] == betas and group["eps"] == eps for group in groups)
 
@@ -3356,23 +3345,6 @@ def test_learning_rate_never_bends():
         args = train.parse_args(["--arch", "vit_b32", "--data", "x.tar", "--epochs", str(epochs)])
         train.set_warmup_and_precision(args, 2, torch.device("cpu"))  # 2 steps an epoch
         assert args.warmup == warmup
-
-
-def test_two_pass_accumulation_equals_one_pass():
-    inputs = torch.randn(8, 3, 32, 32, generator=generator()), torch.randint(1, 49, (8, 5))
-    results = []
-    for accum in (1, 2, 4):
-        torch.manual_seed(0)
-        model = clip_model.create("vit_tiny", 32, vocab_size=50)
-        features = train.forward(model, inputs, FLOAT32, accum)
-        a, b, loss = model.losses(*features)
-        loss.backward()
-        if accum > 1:
-            train.backward_in_parts(model, inputs, features, FLOAT32, accum)
-        results.append((a, b, *[p.grad for p in model.parameters()]))
-    for result in results[1:]:
-        for mine, expected in zip(result, results[0]):
-            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
 @slow
@@ -3521,34 +3493,27 @@ def test_what_the_user_is_told(small, tmp_path, monkeypatch):
     assert "full data" in said and "mutation" not in said and "planted" not in said
 
 
-def test_init_starts_from_other_weights(small, tmp_path, capsys):
+def test_init_starts_from_other_weights(small, tmp_path):
     first = small("vit_tiny", tmp_path / "first", "--epochs 1")["model"]
     small("vit_tiny", tmp_path / "second", f"--epochs 1 --lr 0 --init {tmp_path / 'first'} --seed 7")
     second = torch.load(tmp_path / "second" / "last.pt", weights_only=True)["model"]
     assert all(value.equal(second[name]) for name, value in first.items())
-    torch.save({"x": torch.ones(3)}, tmp_path / "x.pt")
-    with pytest.raises(SystemExit):
-        small("vit_tiny", tmp_path / "third", f"--init {tmp_path / 'x.pt'}")
-    assert "x.pt" in capsys.readouterr().err
 
 
 SHARE, FINITE = "-0.1 1.1 nan x", "-1 nan inf x"
 NATURAL, COUNT = "0 -1 1.5 99999999999999999999 x", "-1 1.5 99999999999999999999 x"
 BAD_VALUES = {
-    "--arch": "what", "--mismatch": SHARE, "--prune": SHARE, "--rho-red": SHARE,
-    "--rho-ill": SHARE, "--t-cos": NATURAL, "--warmup-threshold": FINITE,
-    "--warmup-rule": "what", "--epochs": NATURAL, "--batch-size": NATURAL,
-    "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE, "--warmup": FINITE + " 99",
-    "--image-size": NATURAL, "--templates": "nowhere.txt",
-    "--precision": "fp16", "--compile": "maybe", "--device": "mps", "--crop-min": SHARE,
-    "--workers": COUNT, "--eval-every": COUNT, "--save-every": COUNT, "--max-bad": SHARE,
-    "--seed": COUNT,
+    "--arch": "what", "--mismatch": SHARE, "--prune": SHARE, "--rho-red": SHARE, "--rho-ill": SHARE,
+    "--t-cos": NATURAL, "--warmup-threshold": FINITE, "--warmup-rule": "what", "--epochs": NATURAL,
+    "--batch-size": NATURAL, "--accum": NATURAL + " 3", "--lr": FINITE, "--wd": FINITE,
+    "--warmup": FINITE + " 99", "--image-size": NATURAL, "--templates": "nowhere.txt", "--precision": "fp16",
+    "--compile": "maybe", "--device": "mps", "--crop-min": SHARE, "--workers": COUNT, "--eval-every": COUNT,
+    "--save-every": COUNT, "--max-bad": SHARE, "--seed": COUNT,
 }  # fmt: skip
 BAD_SETS = [
-    "--arch rn50 --accum 2", "--arch swin_b --accum 2",
-    "--arch moco_vit_tiny --accum 2", "--arch moco_vit_tiny --mismatch 0.1",
-    "--arch moco_vit_tiny --vocab v.gz", "--arch moco_vit_tiny --templates {}",
-    "--no-such-flag 3", "stray", "--epochs",
+    "--arch rn50 --accum 2", "--arch swin_b --accum 2", "--arch moco_vit_tiny --accum 2",
+    "--arch moco_vit_tiny --mismatch 0.1", "--arch moco_vit_tiny --vocab v.gz",
+    "--arch moco_vit_tiny --templates {}", "--no-such-flag 3", "stray", "--epochs",
 ]  # fmt: skip
 
 
@@ -3612,16 +3577,10 @@ def assert_same_run(one, other, epochs=9):
     assert logs[0] == logs[1]
     one, other = (torch.load(out / "last.pt", weights_only=True) for out in (one, other))
 
-    def compare(x, y, path):
-        if isinstance(x, dict | list):
-            assert len(x) == len(y), path
-            for key in x if isinstance(x, dict) else range(len(x)):
-                compare(x[key], y[key], f"{path} {key}")
-        else:
-            assert x.equal(y) if torch.is_tensor(x) else x == y, path
-
     for part in ("model", "optimizer", "scan"):
-        compare(one[part], other[part], part)
+        assert list(one[part]) == list(other[part])
+        for x, y in zip(tree_flatten(one[part])[0], tree_flatten(other[part])[0], strict=True):
+            assert x.equal(y) if torch.is_tensor(x) else x == y, part
 
 
 # where one start of a run after the other dies: in which function, at which of its calls, before or after it
@@ -3754,15 +3713,14 @@ def test_a_resume_over_something_else_is_refused_and_named(small, tmp_path, caps
     assert (out / "last.pt").read_bytes() == before
     small("vit_tiny", out, flags + "--workers 1 --precision fp32")  # these may change
     assert "finished before" in capsys.readouterr().out
-    for other in ({}, {"model": {}, "args": {}}, {"version": 1, "epoch": 1, "step": 0}):
-        torch.save(other, out / "last.pt")
-        assert "not written by this version of train.py" in refused(flags)
+    torch.save({"version": 1, "epoch": 1, "step": 0}, out / "last.pt")
+    assert "not written by this version of train.py" in refused(flags)
 
 
 @slow
 def test_two_runs_never_write_to_one_folder(tmp_path):
     holds = (
-        "import sys, train; lock = train.claim(train.Path(sys.argv[1]))\nprint('held', flush=True); input()"
+        "import sys, train; lock = train.claim(train.Path(sys.argv[1])); print('held', flush=True); input()"
     )
     command = [sys.executable, "-c", holds, str(tmp_path)]
     with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -3933,10 +3891,7 @@ def test_torchrun_stops_all_ranks_and_fails(tmp_path):
     agent = start_until("          going on from epoch", *flags, torchrun=2)
     agent.kill()
     agent.wait()
-    before = torch.load(tmp_path / "last.pt", weights_only=True)
     train.claim(tmp_path).close()  # waits for them
-    after = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert (after["epoch"], after["step"]) >= (before["epoch"], before["step"])
 
 
 # Run as `python -c WORKER what train.py's arguments`: its loading processes hang, die, or cannot deliver.

@@ -68,9 +68,9 @@ def train(args, rank, world, device, make_scan=Scan):
     optimizer = make_optimizer(model, args)
     sampler = make_sampler(args, len(dataset), make_scan)
     scan = sampler.scan
-    workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0, worker_init_fn=start_worker)
-    workers |= dict(collate_fn=data.collate, pin_memory=device.type == "cuda")
-    loader = DataLoader(dataset, batch_sampler=sampler, **workers)
+    options = dict(num_workers=args.workers, persistent_workers=args.workers > 0, worker_init_fn=start_worker)
+    options |= dict(collate_fn=data.collate, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, batch_sampler=sampler, **options)
     set_warmup_and_precision(args, len(sampler), device)
     run = Run(args, rank, world, device, dataset, val, tokenizer, model, optimizer, scan)
     first_epoch = run.resume()
@@ -689,12 +689,12 @@ def say(text, live=False):
     if int(os.environ.get("RANK") or 0):
         return
     try:
-        end = "\n"
-        if sys.stdout.isatty():
-            if live:
-                text, end = text[: shutil.get_terminal_size().columns - 1], ""
-            text = "\r\x1b[K" + text  # erase the line first
-        print(text, end=end, flush=True)
+        encoding, terminal = sys.stdout.encoding, sys.stdout.isatty()
+        text = text.encode(encoding, "backslashreplace").decode(encoding)  # paths may not be UTF-8
+        if live and terminal:
+            text = text[: shutil.get_terminal_size().columns - 1]
+        erase = "\r\x1b[K" if terminal else ""
+        print(erase + text, end="" if live and terminal else "\n", flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")
 
@@ -777,7 +777,6 @@ def end_loading():
 def main(argv=None, make_scan=Scan):
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     evaluation.one_line_warnings("train.py")
     args = parse_args(argv)
     try:
