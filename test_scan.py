@@ -3719,10 +3719,8 @@ def test_a_resume_over_something_else_is_refused_and_named(small, tmp_path, caps
 
 @slow
 def test_two_runs_never_write_to_one_folder(tmp_path):
-    holds = (
-        "import sys, train; lock = train.claim(train.Path(sys.argv[1])); print('held', flush=True); input()"
-    )
-    command = [sys.executable, "-c", holds, str(tmp_path)]
+    holds = "import sys, train; lock = train.claim(train.Path(sys.argv[1])); print('held'); input()"
+    command = [sys.executable, "-uc", holds, str(tmp_path)]
     with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(data.UserError, match="another run is writing"):

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def create_model(args, tokenizer):
 
 
 def clip_family(arch):
-    """The kind of image tower of a CLIP model; None for MoCo."""
+    """Return the kind of a CLIP model's image tower, or None for MoCo."""
     return clip_model.ARCHS[arch]["family"] if arch in clip_model.ARCHS else None
 
 
@@ -444,7 +445,7 @@ class Run:
         self.refuse_many_bad(bad)
         self.samples_seen += self.totals["samples"]
         record = dict(event="epoch", epoch=epoch, stage=self.stage(), kept=scan.num_kept)
-        record |= dict(total=len(self.dataset), loss=round(scan.loss, 6) if scan.step else None)
+        record |= dict(total=len(self.dataset), loss=round(scan.loss, 6) if scan.step else None)  # no steps
         record |= dict(candidates=len(scan.candidates), lr=self.optimizer.param_groups[0]["lr"])
         record |= dict(samples=self.totals["samples"], samples_seen=self.samples_seen)
         record |= {name: round(self.totals[name], 3) for name in ("seconds", "data_seconds")}
@@ -485,7 +486,7 @@ class Run:
                 raise UserError(f"{held}; this one has {value}: choose another --out")
 
     def read_log(self, epochs_done):
-        """Read the records of the epochs that are done; drop those of epochs that are run again."""
+        """Read the records of the epochs that are done; drop those of epochs to be run again."""
         path = self.out / "log.jsonl"
         if path.exists():
             records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -510,7 +511,7 @@ class Run:
             say("    " + scores(result))
 
     def gather(self, value):
-        """A list of every rank's value."""
+        """Collect every rank's value in a list."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.group)
@@ -531,16 +532,14 @@ class Run:
             self.signal, self.signal_time = number, time.monotonic()
             if self.rank == 0:
                 with contextlib.suppress(OSError):  # print() cannot interrupt a print()
-                    os.write(
-                        2, b"\ntrain.py: stopping after this step; a second signal ends the run at once\n"
-                    )
+                    os.write(2, b"\ntrain.py: stopping after this step; a second signal ends it now\n")
         elif time.monotonic() - self.signal_time > 1:  # `timeout` sends each signal twice
             end_loading()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def stop_signal(self):
-        """The number of a signal that asks any rank to stop, or 0."""
+        """Return the number of a signal that asked any rank to stop, or 0."""
         if self.agent not in (None, os.getppid()):
             self.signal = signal.SIGTERM  # torchrun died: stop by ourselves
         return max(self.gather(int(self.signal)))
@@ -552,14 +551,14 @@ class Run:
         sys.exit(128 + number)  # as a shell reports a process that a signal ended
 
     def refuse_non_finite(self, when):
-        """Look at the weights: they are not finite after any loss that was not."""
-        finite = [x.isfinite().all() for x in self.model.state_dict().values()]
-        if not torch.stack(finite).all():
+        """Check the weights: a single non-finite loss makes them non-finite."""
+        checks = [x.isfinite().all() for x in self.model.state_dict().values()]
+        if not torch.stack(checks).all():
             hint = f"{self.out} holds the checkpoint before; a lower --lr or --precision fp32 may help"
             raise UserError(f"weights not finite {when}: {hint}")
 
     def refuse_many_bad(self, ids):
-        """Called with this rank's ids after each step, and with all ranks' after each epoch."""
+        """Call it with this rank's ids after each step, and with all ranks' ids after each epoch."""
         if len(ids) > self.args.max_bad * len(self.dataset):
             causes = "; ".join(self.dataset.why(i) for i in ids[:3])
             limit = f"--max-bad {self.args.max_bad:g} of {len(self.dataset):,}"
@@ -581,14 +580,14 @@ class Run:
 
 
 def settings(args, data, tokenizer):
-    """What a resumed run must agree on, by name."""
+    """Collect what a resumed run must agree on, by name."""
     flags = {f"--{name.replace('_', '-')}": args.get(name) for name in METHOD}
     of_data = {"--data of size": data["size"], "--data of hash": data["hash"], "--keep of hash": data["kept"]}
     return flags | of_data | {"tokenizer": tokenizer}
 
 
 def header(run):
-    """The lines before the first epoch."""
+    """Describe the run, in the lines before the first epoch."""
     args, batch, kept, world = run.args, run.args.batch_size, run.scan.num_kept, run.world
     lines = [f"data      {contents(args.data, run.dataset.source)}; hash {run.identity['hash']}"]
     if args.keep:
@@ -618,13 +617,13 @@ writing   {run.out}/log.jsonl, last.pt"""
 
 
 def contents(spec, source):
-    """How many samples a source has, and how many files of which kinds it leaves out."""
-    skipped = ", ".join(f"{n:,} {kind}" for kind, n in sorted(source.skipped.items()))
+    """Describe a source: its samples, and the files that it leaves out."""
+    skipped = ", ".join(f"{n:,} {kind}" for kind, n in Counter(source.skipped).most_common(8))
     return f"{spec}: {len(source):,} samples" + (f"; left out: {skipped}" if skipped else "")
 
 
 def table(records, args):
-    """What a run ends with: its epochs, what SCAN saved, what it found, and how good the model is."""
+    """Format the end of a run: its epochs, what SCAN saved and found, and how good the model is."""
     epochs = [r for r in records if r["event"] == "epoch"]
     lines = [f"{'epoch':>5}  {'stage':<11} {'kept':>7} {'loss':>8} {'seconds':>8}"]
     for r in epochs:
@@ -667,7 +666,7 @@ def savings(epochs, batch):
 
 
 def found(scan, truth):
-    """How well the newest candidates match planted faults: precision, recall, and both shares."""
+    """Compare the newest candidates with planted faults: precision, recall, and both shares."""
     result = {}
     for kind, planted in truth.items():
         marked = getattr(scan, kind).cpu().numpy()
@@ -700,7 +699,7 @@ def say(text, live=False):
 
 
 def claim(out, patience=60):
-    """Lock a folder -> the lock. Waits, since ranks whose torchrun was killed need seconds to notice."""
+    """Lock a folder -> the lock. Wait for ranks whose torchrun was killed: they need seconds to stop."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a")
@@ -782,7 +781,7 @@ def main(argv=None, make_scan=Scan):
     try:
         rank, world, device = evaluation.start_ranks(args.device)
         train(args, rank, world, device, make_scan)
-    except UserError as error:  # of a loading process, the last line of its traceback
+    except UserError as error:  # a loading process sends its traceback: show its last line
         evaluation.fail("train.py", str(error).strip().splitlines()[-1].split("UserError: ")[-1])
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
