@@ -3386,8 +3386,8 @@ ROUNDS = [0, 0.25, 0.75, 1, 0]
 @pytest.mark.parametrize(
     "flags, redundant, ill_matched, shares",
     [
-        ("--prune 0.3", 24, 24, ROUNDS),
-        ("--prune 0.3 --rho-ill 0", 24, 0, ROUNDS),
+        pytest.param("--prune 0.3", 24, 24, ROUNDS, marks=slow),
+        pytest.param("--prune 0.3 --rho-ill 0", 24, 0, ROUNDS, marks=slow),
         ("--rho-red 0.1 --rho-ill 0.3", 8, 24, ROUNDS),
         pytest.param("--prune 0.5", 40, 40, ROUNDS, marks=slow),
         pytest.param("--prune 0.3 --rho-red 0", 0, 24, ROUNDS, marks=slow),
@@ -3485,7 +3485,7 @@ def test_what_the_user_is_told(small, tmp_path, monkeypatch):
     assert "8 of them, others in each epoch, fill no batch of 16" in said
     assert "saved" in said and "zero-shot" in said
     assert json.loads((tmp_path / "out" / "config.json").read_text())["warmup"] == 3.0
-    small("vit_tiny", tmp_path / "fü\udcffl", "--epochs 4 --prune 0 --data shapes:80")
+    small("vit_tiny", tmp_path / "fü\udcffl", "--epochs 1 --prune 0 --data shapes:80")
     terminal.seek(0)
     said = terminal.read()[len(said) :]
     assert "f\\xfc\\udcffl/log.jsonl" in said  # on a terminal that has neither letter
@@ -3642,7 +3642,7 @@ def test_a_run_resumed_in_mid_epoch_does_not_evaluate_the_epoch_before(small, tm
 @pytest.mark.parametrize("where, code", [("mid-epoch", 130), pytest.param("last step", 143, marks=slow)])
 def test_a_stop_loses_nothing(small, tmp_path, monkeypatch, capsys, where, code):
     """In the last step of an epoch: it saves before the epoch ends, and before its evaluation."""
-    small("vit_tiny", tmp_path / "whole")
+    small("vit_tiny", tmp_path / "whole", "--epochs 4")
     after_step, step = train.Run.after_step, {"mid-epoch": 2, "last step": 4}[where]
 
     def stopping(self, done, *args):
@@ -3652,12 +3652,12 @@ def test_a_stop_loses_nothing(small, tmp_path, monkeypatch, capsys, where, code)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(train.Run, "after_step", stopping)
-        small("vit_tiny", tmp_path / "cut")
+        small("vit_tiny", tmp_path / "cut", "--epochs 4")
     checkpoint = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     assert stop.value.code == code and (checkpoint["epoch"], checkpoint["step"]) == (1, step)
     assert f"stopped in epoch 1, step {step} of 4" in capsys.readouterr().out
-    small("vit_tiny", tmp_path / "cut")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    small("vit_tiny", tmp_path / "cut", "--epochs 4")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", epochs=4)
 
 
 @pytest.mark.parametrize("save_every, saved", [(0, (1, 0)), (1, (1, 2))])
