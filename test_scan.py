@@ -574,13 +574,19 @@ def test_info_nce_is_the_formula(monkeypatch, logits, scale):
 
 
 def test_large_batches_take_little_memory(monkeypatch):
-    """Row blocks: the graph holds no logits."""
-    saved = []
+    """Row blocks of at most MAX_LOGITS, and no logits in the graph."""
+    saved, blocks, cross_entropy = [], [], F.cross_entropy
+
+    def recorded(logits, *rest, **options):
+        blocks.append(logits.numel())
+        return cross_entropy(logits, *rest, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", recorded)
     monkeypatch.setattr(scan_module, "MAX_LOGITS", 1000)
     query, key = torch.rand(2, 200, 4, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         info_nce(query, key, 5.0)
-    assert max(saved) <= 5 * 200
+    assert blocks == 40 * [1000] and max(saved) <= 200 * 4
 
 
 def candidates_of(rank, world):
@@ -605,7 +611,8 @@ def foreign_loss(watch, world, rank):
     scale, scan = torch.tensor(10.0, requires_grad=True), Scan(24)
     scan.begin_epoch()
     if watch:
-        scan.watch(torch.arange(24)[rows], query, key, scale)
+        with torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):  # no graph
+            scan.watch(torch.arange(24)[rows], query, key, scale)
         assert scan.observed == 24 and scan.loss_count == 24
     F.cross_entropy(scale * query @ key.T, torch.arange(len(query))).backward()
     return [query.grad, key.grad, scale.grad, scan.loss_sum]
