@@ -149,7 +149,7 @@ def test_open_clip_prunes_and_resumes(pairs, monkeypatch):
             found = resumed["optimizer"]["scan"][name]
             assert found.equal(value) if torch.is_tensor(value) else found == value, name
     with pytest.raises(SystemExit, match=r"rho_red 0.3 \(here 0.2\)"):
-        run_open_clip(monkeypatch, [*options, *resume, "--prune", "0.2"])
+        run_open_clip(monkeypatch, [*options, *resume, "--name", "other", "--prune", "0.2"])
     # open_clip alone can still read such a checkpoint
     resume = ["--resume", "logs/whole/checkpoints/epoch_5.pt", "--name", "plain"]
     run_open_clip(monkeypatch, [*options, *resume], lambda get_data: get_data)

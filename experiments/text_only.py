@@ -1,9 +1,9 @@
-"""Text alone (the paper's future work): one text passed twice, with different dropout, is a positive pair.
+"""Text-only SCAN (the paper's future work): a text encoded twice, with different dropout, is a positive pair.
 
     python experiments/text_only.py emoji/*.tar          # the names in emoji.py's shards; group: subgroup
     python experiments/text_only.py lines.txt --prune 0  # any text, full data; group: both halves of a line
 
-As SimCSE (Gao et al., 2021), but small. Score: share of held-out texts whose nearest is of their group.
+A small SimCSE (Gao et al., 2021). Score: share of held-out texts whose nearest neighbour is of their group.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
 
 
 def read(paths):
-    """-> texts to train on; texts held out, and the group of each."""
+    """Return the training texts, the held-out texts, and the group of each held-out text."""
     rows = []  # (text, group)
     for path in paths:
         if path.endswith(".tar"):
@@ -52,7 +52,7 @@ def read(paths):
     held_out, training = rows[: len(rows) // 5], [text for text, _ in rows[len(rows) // 5 :]]
     if None in (group for _, group in held_out):  # halves: every other word
         held_out = [(" ".join(text.split()[k::2]), text) for text, _ in held_out for k in (0, 1)]
-    return training, *zip(*held_out)
+    return training, [text for text, _ in held_out], [group for _, group in held_out]
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ for epoch in range(args.epochs):
     sampler.set_epoch(epoch)
     model.train()
     for batch_ids, batch in DataLoader(WithIds(tokens), batch_sampler=sampler):
-        batch = batch[:, : (batch != 0).sum(1).max()]  # as long as its longest
+        batch = batch[:, : (batch != 0).sum(1).max()]  # cut to the longest text
         one, two = model(batch), model(batch)  # with different dropout
         a, b = info_nce(one, two, 20), info_nce(two, one, 20)
         scan.observe(batch_ids, a, b)

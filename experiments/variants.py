@@ -4,12 +4,12 @@
 
 compare.py does this for all methods and seeds. The flags are train.py's. One process.
 
-    bent      the released code's learning rate: the steps of short epochs against a total of full ones
-    rank64, rank256, ...    losses ranked among so many samples instead of in the global batch
-    quantile  candidates by each sample's mean quantile over all epochs of full data, not by its newest loss
-    lottery   in the place of the redundant as many marked at random: is a low loss worth more than chance?
-    illfirst  a mutation epoch leaves out as many, but the ill-matched before the redundant
-    chance    ill-matched only above ln B, the loss of knowing nothing; their places go to redundant
+    bent      the released code's learning rate: counts the steps of short epochs against a total of full ones
+    rank64, rank256, ...    ranks losses among that many samples instead of in the global batch
+    quantile  selects candidates by their mean quantile over all epochs of full data, not by their newest loss
+    lottery   marks random samples instead of the redundant: is a low loss better than chance?
+    illfirst  a mutation epoch leaves out as many samples, but the ill-matched before the redundant
+    chance    marks as ill-matched only losses above ln B, the chance level; marks more redundant ones instead
 """
 
 import functools
@@ -27,7 +27,7 @@ from scan import Scan, select_candidates
 
 
 class Bent(Scan):
-    """Scan; `learning_rate` is told of an epoch of n steps, number e, that it began at step e n."""
+    """Replaces `learning_rate`: an epoch number e of n steps counts from step e n."""
 
     def __init__(self, *settings, **others):
         super().__init__(*settings, **others)
@@ -36,9 +36,9 @@ class Bent(Scan):
 
 
 class Ranked(Scan):
-    """Losses ranked among `pool` samples: parts of a global batch, or several of them.
+    """Ranks losses among `pool` samples: parts of a global batch, or several global batches.
 
-    After a resume, batches that waited for their pool to fill are trained on once more.
+    After a resume, batches that waited for a full pool are trained on a second time.
     """
 
     def __init__(self, *settings, pool, **others):
@@ -50,8 +50,9 @@ class Ranked(Scan):
         ids, loss_a, loss_b = (torch.cat(parts) for parts in zip(*self.waiting))
         whole = len(ids) // self.pool * self.pool
         self.waiting = [(ids[whole:], loss_a[whole:], loss_b[whole:])]
-        for part in zip(*(x[:whole].split(self.pool) for x in (ids, loss_a, loss_b) if whole)):
-            super().observe(*part)
+        for start in range(0, whole, self.pool):
+            part = slice(start, start + self.pool)
+            super().observe(ids[part], loss_a[part], loss_b[part])
 
     def end_epoch(self):
         for part in self.waiting:
@@ -62,7 +63,7 @@ class Ranked(Scan):
 
 
 class Quantile(Scan):
-    """The lowest and the highest of all samples, by their mean quantile so far."""
+    """Marks the lowest and the highest of all samples, by their mean quantile so far."""
 
     def end_epoch(self):
         if self.stage == "preparation":
@@ -75,7 +76,7 @@ class Quantile(Scan):
 
 
 class IllFirst(Scan):
-    """Of the candidates that Eq. 3 leaves out, as many as can be are ill-matched."""
+    """Leaves out as many ill-matched candidates as Eq. 3 allows, then redundant ones."""
 
     def _draw(self, share):
         kept, (redundant, ill_matched) = self._all.clone(), self._marked[:, :-1].cpu()
@@ -97,7 +98,7 @@ class Select(Scan):
 
 
 def above_chance(loss_a, loss_b, rho_red, rho_ill, generator=None):
-    """As many candidates as SCAN; how many of them are ill-matched is left to the data."""
+    """Mark as many candidates as SCAN; the data decide how many of them are ill-matched."""
     size = len(loss_a)
     ill = min(int(rho_ill * size), int(((loss_a + loss_b) / 2 > math.log(size)).sum()))
     red = int(rho_red * size) + int(rho_ill * size) - ill
@@ -105,7 +106,7 @@ def above_chance(loss_a, loss_b, rho_red, rho_ill, generator=None):
 
 
 def at_random(loss_a, loss_b, rho_red, rho_ill, generator=None):
-    """The ill-matched as SCAN's, and others at random in the place of the redundant."""
+    """Mark SCAN's ill-matched samples, and random others instead of the redundant."""
     _, ill = select_candidates(loss_a, loss_b, 0.0, rho_ill, generator)
     lottery = torch.rand(len(ill), generator=generator).masked_fill(ill, math.inf)
     drawn = lottery.argsort()[: int(rho_red * len(ill))]
@@ -113,8 +114,9 @@ def at_random(loss_a, loss_b, rho_red, rho_ill, generator=None):
 
 
 def make(name):
-    """-> what makes a Scan of this name; None if there is none."""
-    if pool := re.fullmatch(r"rank([1-9]\d*)", name):
+    """Return the class or factory of this name, or None."""
+    pool = re.fullmatch(r"rank([1-9]\d*)", name)
+    if pool:
         return functools.partial(Ranked, pool=int(pool[1]))
     selects = {"chance": above_chance, "lottery": at_random}
     if name in selects:
