@@ -107,7 +107,8 @@ class RandomCrop:
 
     def __call__(self, picture):
         top, left, height, width = v2.RandomResizedCrop.get_params(picture, self.areas, (3 / 4, 4 / 3))
-        crop = np.array(picture.crop((left, top, left + width, top + height)))  # (height, width, 3)
+        # contiguous, which torch resizes twice as fast
+        crop = np.asarray(picture)[top : top + height, left : left + width].copy()  # (height, width, 3)
         image = torch.from_numpy(crop).permute(2, 0, 1)[None]
         return F.interpolate(image, self.size, mode=self.mode, antialias=True)[0]
 
