@@ -3,8 +3,7 @@
     python eval.py zeroshot  --checkpoint runs/x                                  # on the run's --val-data
     python eval.py retrieval --checkpoint runs/x --data 'val-{00000..00003}.tar'
     python eval.py knn       --checkpoint runs/x --data imagenet --val-data imagenet
-    torchrun --nproc_per_node 8 eval.py finetune --checkpoint runs/x --data imagenet \\
-        --val-data imagenet --test-data imagenetv2 imagenet-r                     # any command runs on ranks
+    torchrun --nproc_per_node 8 eval.py finetune --checkpoint runs/x              # any command runs on ranks
     python eval.py export    --checkpoint runs/x --out weights.pt                 # for open_clip or timm
     python eval.py coreset   runs/a runs/b --prune 0.3 --out kept.npy             # Sect. 4.3
 
@@ -72,10 +71,7 @@ def tokenizer_for(vocab):
 
 
 def load_checkpoint(path):
-    """Read a dict of tensors and plain values from a file or from a run's folder.
-
-    Executes nothing in the file, and refuses a damaged one.
-    """
+    """Read a dict from a file or a run's folder. Executes nothing in the file, and refuses a damaged one."""
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     reason = "no checkpoint, or damaged: torch.load(weights_only=True) must read a dict of tensors from it"
     try:
@@ -130,10 +126,7 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
 
 
 def load_weights(model, path, checkpoint=None):
-    """Load weights of train.py, open_clip, timm (for MoCo, the backbone) or MoCo v3 into `model`.
-
-    Returns the name of the tokenizer that they were trained with, None if unknown.
-    """
+    """Load weights of train.py, open_clip, timm or MoCo v3 -> name of the tokenizer they know, or None."""
     checkpoint = checkpoint or load_checkpoint(path)
     weights = _weights(checkpoint)
     if isinstance(model, moco.MoCo) and not any(name.startswith("base_encoder.") for name in weights):
@@ -445,8 +438,7 @@ def learning_rate(protocol, step, per_epoch, epochs, lr):
     if protocol == "sgd":
         step = step // per_epoch * per_epoch
     total = epochs * per_epoch
-    warmup = {"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol]
-    warmup = min(warmup, total // 5)  # at most a fifth
+    warmup = min({"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol], total // 5)  # at most a fifth
     done = max(step - warmup, 0) / max(total - warmup, 1)
     return lr * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * done)) / 2
 
@@ -461,8 +453,7 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
     sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=drop_last)
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
     loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, **options)
-    mixes = [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
-    mix = v2.RandomChoice(mixes)
+    mix = [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
     optimizer, module = make_optimizer(classifier, protocol, lr, wd), classifier
     if world > 1:
         module = DistributedDataParallel(classifier, [device.index] if device.type == "cuda" else None)
@@ -481,7 +472,7 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = classifier.model.normalize(images)
             if protocol == "deit":
-                images, labels = mix(images, labels)
+                images, labels = v2.RandomChoice(mix)(images, labels)
             with autocast:
                 logits = module(images)
             smoothing = 0.1 if protocol == "deit" else 0.0
@@ -544,9 +535,9 @@ def train_and_classify(model, protocol, head, train, tests, device, recipe, work
     if out and is_first_rank():
         state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
         _write(out, lambda file: torch.save(state, file))
-    options, scores = dict(encode=classifier.eval(), workers=workers), {}
-    options["resize"] = LINCLS_RESIZE if protocol == "sgd" else None
+    resize, scores = LINCLS_RESIZE if protocol == "sgd" else None, {}
     for name, source in tests.items():
+        options = dict(encode=classifier.eval(), resize=resize, workers=workers)
         scores[name] = accuracy(image_features(model, source, device, **options), *labels[name])
     result = {"protocol": protocol} | scores.pop("")
     return result | ({"test": scores} if scores else {})
@@ -632,10 +623,7 @@ def _write(path, write):
 
 
 def commands():
-    """-> options of every flag; by name of the command, its function and the flags that it takes.
-
-    To add an evaluation, write its function and add its row.
-    """
+    """-> options of every flag; by name, each command's function and flags. A new evaluation needs a row."""
     default = {k: ", ".join(f"{r[k]:g} ({name})" for name, r in RECIPES.items()) for k in RECIPES["sgd"]}
     kinds = "shapes[:N], tar shards, .csv/.tsv, class folders, cifar10[:DIR]"
     flags = {
@@ -740,8 +728,7 @@ def open_source(args, model, spec, train=False, captions=False):
     return source
 
 
-def lines(path):
-    """The lines of a file. This and the following are argparse types."""
+def lines(path):  # this and the following are argparse types
     try:
         with open(path, encoding="utf-8") as file:
             found = [line.strip() for line in file if line.strip()]
