@@ -117,7 +117,7 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
             if text:
                 tokenizer = _tokenizer(path, checkpoint.get("tokenizer"), vocab)
                 words = tokenizer.vocab_size
-            quick_gelu = quick_gelu or "input_resolution" in checkpoint  # OpenAI's own weights
+            quick_gelu = quick_gelu or "input_resolution" in _weights(checkpoint)  # trained by OpenAI
             model = clip_model.create(arch, image_size or 224, words, quick_gelu=quick_gelu)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -126,9 +126,10 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
 
 
 def load_weights(model, path, checkpoint=None):
-    """Load weights of train.py, open_clip, timm or MoCo v3 -> name of the tokenizer they know, or None."""
+    """Load weights of train.py, open_clip, timm or MoCo v3 -> name of their tokenizer, or None."""
     checkpoint = checkpoint or load_checkpoint(path)
-    weights = _weights(checkpoint)
+    found = _weights(checkpoint)
+    weights = {name: weight for name, weight in found.items() if name not in NO_WEIGHTS}
     if isinstance(model, moco.MoCo) and not any(name.startswith("base_encoder.") for name in weights):
         # timm's ViT is the backbone alone: start both encoders from it, keep projector and predictor
         backbone = {name: weight for name, weight in weights.items() if not name.startswith("head.")}
@@ -138,21 +139,19 @@ def load_weights(model, path, checkpoint=None):
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()[:200]
-        model = f"{model.arch} at {model.image_size} px"
-        raise UserError(f"{path}: its weights do not fit {model} ({reason})") from None
-    if "input_resolution" in checkpoint and not model.quick_gelu:
+        wanted = f"{model.arch} at {model.image_size} px"
+        raise UserError(f"{path}: its weights do not fit {wanted} ({reason})") from None
+    if "input_resolution" in found and not model.quick_gelu:
         warnings.warn(f"{path}: trained with QuickGELU by OpenAI; this model has GELU", stacklevel=2)
     return checkpoint.get("tokenizer")
 
 
 def _weights(checkpoint):
     """Return the state dict in a checkpoint, under the names of an unwrapped model."""
-    found = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    wrapped = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     weights = {}
-    for name, weight in found.items() if isinstance(found, dict) else []:
-        name = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
-        if name not in NO_WEIGHTS:
-            weights[name] = weight
+    for name, weight in wrapped.items() if isinstance(wrapped, dict) else []:
+        weights[".".join(part for part in str(name).split(".") if part not in WRAPPERS)] = weight
     return weights
 
 
@@ -587,9 +586,8 @@ def run_coreset(runs, prune, out):
     if len(runs) > 2:
         groups.append(list(range(len(runs))))
     pruned, overlaps = torch.stack([pruned_set(state, prune) for state in states]), []
-    for (
-        group
-    ) in groups:  # IoU of their kept and of their pruned sets, each with that of random sets (Table 5)
+    # IoU of the kept and of the pruned sets, each with that of random sets (Table 5)
+    for group in groups:
         row = {"runs": [runs[k] for k in group]}
         for kind, rho, sets in (("kept", 1 - prune, ~pruned[group]), ("pruned", prune, pruned[group])):
             row[kind] = round(sets.all(0).sum().item() / max(sets.any(0).sum().item(), 1), 4)

@@ -2016,6 +2016,7 @@ def test_wrapped_weights_and_openais_are_unwrapped(tmp_path, monkeypatch):
             evaluation.load_model(archive, **how)
         monkeypatch.chdir(tmp_path)
         exec(str(error.value).partition("of it: ")[2], {"torch": torch})
+    torch.save({"state_dict": torch.load("weights.pt", weights_only=True)}, "weights.pt")
     again, _ = evaluation.load_model("weights.pt", **how)  # with QuickGELU, though no flag says so
     assert again.features(images).equal(model.features(images))
     with pytest.warns(UserWarning, match="trained with QuickGELU by OpenAI; this model has GELU"):
