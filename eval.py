@@ -54,7 +54,8 @@ RECIPES = {
 # MoCo v3's linear protocol: the middle 224 of 256 pixels for any model, resized by torchvision's default
 LINCLS_RESIZE = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR)
 WRAPPERS = ("module", "_orig_mod")  # parts of names added by DistributedDataParallel and torch.compile
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # in OpenAI's, in averages
+# entries that are no weights: of OpenAI's archives, and of torch's AveragedModel
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
 
 
 # ---------------------------------------------------------------- models
@@ -437,7 +438,9 @@ def learning_rate(protocol, step, per_epoch, epochs, lr):
     if protocol == "sgd":
         step = step // per_epoch * per_epoch
     total = epochs * per_epoch
-    warmup = min({"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol], total // 5)  # at most a fifth
+    warmup = min(
+        {"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol], total // 5
+    )  # short runs: a fifth
     done = max(step - warmup, 0) / max(total - warmup, 1)
     return lr * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * done)) / 2
 
@@ -682,7 +685,7 @@ def parse_args(argv=None):
 
 
 def run(args):
-    """Call the function of a command. Its parameters, by name: what is opened here, or flags."""
+    """Call a command's function. Its parameters are filled by name: with what is opened here, or with flags."""
     function, _ = commands()[1][args.command]
     wanted, values = inspect.signature(function).parameters, vars(args)
     if "model" not in wanted:
