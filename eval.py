@@ -438,9 +438,8 @@ def learning_rate(protocol, step, per_epoch, epochs, lr):
     if protocol == "sgd":
         step = step // per_epoch * per_epoch
     total = epochs * per_epoch
-    warmup = min(
-        {"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol], total // 5
-    )  # short runs: a fifth
+    warmup = {"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol]
+    warmup = min(warmup, total // 5)  # short runs: at most a fifth
     done = max(step - warmup, 0) / max(total - warmup, 1)
     return lr * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * done)) / 2
 
@@ -685,7 +684,7 @@ def parse_args(argv=None):
 
 
 def run(args):
-    """Call a command's function. Its parameters are filled by name: with what is opened here, or with flags."""
+    """Call a command's function. Fill its parameters by name: with what is opened here, or flags."""
     function, _ = commands()[1][args.command]
     wanted, values = inspect.signature(function).parameters, vars(args)
     if "model" not in wanted:
