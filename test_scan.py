@@ -2037,7 +2037,6 @@ def test_weights_that_do_not_fit_get_one_line(checkpoints, tmp_path):
     for path, how, message in (
         ("larger.pt", models[0], "size mismatch"),
         (clip, models[1], "do not fit moco_vit_tiny at 16 px"),
-        ("strange.pt", models[0], "do not fit"),
         ("strange.pt", {}, "--arch"),
         ("strange.pt", tiny, "do not fit"),
         *[(f"{name}.pt", {}, "no checkpoint, or damaged: ") for name in ("list", "text", "half")],
@@ -2372,9 +2371,8 @@ def test_a_step_of_a_classifier_equals_one_by_hand(protocol, clip, monkeypatch):
 def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, capsys):
     """Every number of a recipe, the head that it starts from, and how evaluation then resizes."""
     root, calls, resizes = tree(tmp_path / "a", COLOURS, 2), [], []
-    note = lambda *args, **settings: calls.append((args, settings))  # noqa: E731
     scores = lambda *_, resize, **__: resizes.append(resize) or torch.eye(4).repeat_interleave(2, 0)  # noqa: E731
-    monkeypatch.setattr(evaluation, "train_classifier", note)
+    monkeypatch.setattr(evaluation, "train_classifier", lambda *a, **settings: calls.append((a, settings)))
     monkeypatch.setattr(evaluation, "image_features", scores)
     lincls = dict(crop=0.875, interpolation=transforms.InterpolationMode.BILINEAR)
     for flags, protocol, expected in (
@@ -2422,11 +2420,6 @@ def test_what_does_not_fit_is_said_before_training(checkpoints, tmp_path, capsys
     monkeypatch.setattr(evaluation, "train_classifier", None)
     assert "'10'" in eval_refuses(capsys, "finetune", *common, "--test-data", numbers)
     assert "--out" in eval_refuses(capsys, "finetune", *common, "--out", tmp_path / "no" / "where.pt")
-    flags = "--arch moco_vit_tiny --prune 0.25 --batch-size 4 --image-size 16".split()
-    flags += ["--data", tree(tmp_path / "a", COLOURS, 4), "--val-data", some, "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        train.main(flags)
-    assert f"'{WNIDS[0]}'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- eval.py: its commands
@@ -2512,6 +2505,7 @@ def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
         (["coreset", checkpoints["clip"], "--prune", "0.3", "--out", tmp_path / "k.npy"], "not a run"),
     ):
         assert message in eval_refuses(capsys, *args), args
+    assert evaluation.wnids(some) == WNIDS[:2] and evaluation.templates("no {}") == ["no {}"]
 
 
 def test_export_writes_the_others_names_and_says_what_its_words_are(checkpoints, tmp_path, capsys):
@@ -2579,13 +2573,6 @@ def test_bad_arguments_of_eval_exit_2_in_one_line(flags, message, capsys, tmp_pa
     assert stop.value.code == 2 and said.count("\n") == 1 and message in said
 
 
-def test_names_come_from_a_file_or_an_imagenet_tree(tmp_path):
-    (tmp_path / "templates.txt").write_text("{}!\n\n a photo of {} \n")
-    assert evaluation.templates(str(tmp_path / "templates.txt")) == ["{}!", "a photo of {}"]
-    assert evaluation.templates("no {}") == ["no {}"] and evaluation.classnames("imagenet") == "imagenet"
-    assert evaluation.wnids(tree(tmp_path / "imagenet", WNIDS, 1)) == sorted(WNIDS)
-
-
 # ---------------------------------------------------------------- eval.py: what train.py shares
 
 
@@ -2621,16 +2608,12 @@ def test_ranks_and_devices(monkeypatch):
     assert how["store"].underlying_store.get("2/key") == b"value"
 
 
-def test_precision_and_loading_processes(monkeypatch):
+def test_precision_is_bf16_where_the_gpu_has_it(monkeypatch):
     for native, expected in ((False, "fp32"), (True, "bf16")):  # V100 and T4 only emulate it
         supported = lambda including_emulation=True: including_emulation or native  # noqa: E731, B023
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert evaluation.precision("auto", torch.device("cuda", 0)) == expected
     assert [evaluation.precision(asked, CPU) for asked in ("auto", "bf16")] == ["fp32", "bf16"]
-    for cores, local, expected in ((64, "1", 32), (64, "4", 16), (4, "", 4), (2, "8", 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: range(n), raising=False)
-        assert evaluation.loading_processes() == expected
 
 
 # ---------------------------------------------------------------- train.py in this process
