@@ -1223,21 +1223,17 @@ def bytes_in(value):
     return f"{len(value)} bytes" if isinstance(value, bytes) else None
 
 
-GREY = Image.new("RGB", (40, 20), (9, 9, 9))
-
-
 @pytest.mark.parametrize("content, size, pixel", [
     (jpeg((200, 30, 30)), (40, 30), (200, 30, 30)),
     (jpeg((200, 30, 30), mode="CMYK"), (40, 30), (200, 30, 30)),
     (jpeg((99, 99, 99), mode="L"), (40, 30), (99, 99, 99)),
     (jpeg((200, 30, 30), form="PNG", mode="P"), (40, 30), (204, 51, 51)),  # of the web palette
-    (jpeg((200, 30, 30), form="GIF"), (40, 30), (200, 30, 30)),
-    (jpeg((200, 30, 30), form="TIFF"), (40, 30), (200, 30, 30)),
     (jpeg((200, 30, 30), form="BMP", size=(1, 1)), (1, 1), (200, 30, 30)),
     (encoded(Image.fromarray(np.full((4, 4), 30000, np.uint16))), (4, 4), (117, 117, 117)),
     (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), (4, 4), (255, 255, 255)),
     (encoded(Image.fromarray(np.int32([[200_000, 400_000]])), "TIFF"), (2, 1), (127, 127, 127)),
     (encoded(Image.fromarray(np.int32([[30_000, 60_000]])), "TIFF"), (2, 1), (116, 116, 116)),
+    (encoded(Image.new("RGB", (4, 2), (9, 9, 9)), "TIFF", tiffinfo={274: 6}), (2, 4), (9, 9, 9)),
     (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0))), (4, 4), (255, 255, 255)),
     (encoded(Image.new("LA", (4, 4), (0, 128))), (4, 4), (127, 127, 127)),
 ], ids=bytes_in)  # fmt: skip
@@ -1247,43 +1243,29 @@ def test_pictures_of_every_kind_become_rgb(content, size, pixel):
     assert np.abs(np.array(picture.getpixel((0, 0))) - pixel).max() <= 5
 
 
-def with_exif(entries, form="JPEG", picture=GREY):
-    """entries: (tag, type, number, four bytes), written as they are."""
-    directory = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
-    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + bytes(4)
-    return encoded(picture, form, exif=exif)
-
-
-TURNED = (274, 3, 1, b"\6\0\0\0")
+def with_exif(*entries):
+    """A JPEG of 40 x 20. entries: (tag, type, number, four bytes), written as they are."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    exif += b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+    return encoded(noise(40, 20), "JPEG", exif=exif)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File")
-@pytest.mark.parametrize("content, size", [
-    (with_exif([TURNED]), (20, 40)), (with_exif([TURNED], "PNG"), (20, 40)),
-    (with_exif([TURNED, (282, 5, 1, b"\xff\xff\xff\0")]), (20, 40)),  # a resolution that lies outside
-    (with_exif([(256, 2, 4, b"640\0"), TURNED]), (20, 40)),  # a width in letters
-    (with_exif([(274, 2, 4, b"top\0")]), (40, 20)), (with_exif([(274, 3, 1, b"\x63\0\0\0")]), (40, 20)),
-    (encoded(GREY, "JPEG", exif=b"Exif\0\0no TIFF at all"), (40, 20)),
-], ids=bytes_in)  # fmt: skip
-def test_of_exif_only_the_orientation_matters(content, size):
-    assert data.decode(content).size == size
-
-
-@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
-def test_every_orientation_is_turned_upright(form):
+@pytest.mark.parametrize("others", [
+    [], [(282, 5, 1, b"\xff\xff\xff\0")], [(256, 2, 4, b"640\0")],  # resolution outside; width in letters
+], ids=len)  # fmt: skip
+def test_of_exif_only_the_orientation_matters(others):
     for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[274] = orientation
-        content = encoded(noise(64, 48), form, exif=exif)
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-        assert np.array_equal(data.decode(content), upright)
+        entry = (274, 3, 1, bytes([orientation, 0, 0, 0]))
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(with_exif(entry))))
+        assert np.array_equal(data.decode(with_exif(*sorted([entry, *others]))), expected)
+    broken = encoded(noise(40, 20), "JPEG", exif=b"Exif\0\0no TIFF at all")
+    assert data.decode(broken).size == data.decode(with_exif((274, 2, 4, b"top\0"))).size == (40, 20)
 
 
 def test_a_jpeg_is_decoded_no_smaller_than_the_draft():
     content = encoded(noise(400, 300), "JPEG")
-    assert [data.decode(content, draft).size for draft in (None, 151, 150, 75)] == [
-        (400, 300), (400, 300), (200, 150), (100, 75)
-    ]  # fmt: skip
+    assert [data.decode(content, draft).width for draft in (None, 151, 150, 75)] == [400, 400, 200, 100]
     assert data.RandomCrop(64, 0.25).draft == 128  # a quarter of the area of 128 x 128 is 64 x 64
 
 
@@ -1299,18 +1281,6 @@ def test_random_crops_are_those_of_torchvision(mode, smallest):
         assert torch.rand(1).equal(after)
         assert ours.shape == (3, 48, 48) and ours.dtype == torch.uint8
         assert difference.max() <= 2 and (difference > 0).double().mean() < 0.1
-
-
-def test_evaluation_sees_the_middle():
-    picture = noise(90, 60)
-    for size, crop, side in ((32, 1.0, 32), (28, 0.875, 32)):
-        shorter = picture.resize((side * 90 // 60, side), Image.Resampling.BICUBIC)
-        left, top = (shorter.width - size) / 2, (side - size) / 2
-        expected = shorter.crop((int(left), int(top), int(left) + size, int(top) + size))
-        seen = data.eval_transform(size, crop)(picture)
-        assert seen.dtype == torch.uint8 and seen.permute(1, 2, 0).equal(torch.tensor(np.array(expected)))
-    plain = data.eval_transform(32, interpolation=v2.InterpolationMode.BILINEAR)(picture)
-    assert not plain.equal(data.eval_transform(32)(picture))
 
 
 # ---------------------------------------------------------------- data.py: tar files
@@ -1356,10 +1326,12 @@ def test_shards_are_read_by_position(tmp_path):
     for spec in ("{00000..00002}.tar", "*.tar", "{00000,00001,00002}.tar"):
         source = data.open_source(str(tmp_path / spec))
         assert captions_of(source) == [f"caption {i}" for i in range(30)]
-        assert source.meta(17) == {"key": 17} and source.image(17).size == (40, 30)
-        assert "00001.tar, 00017.jpg at byte" in source.where(17) and not source.skipped
+        assert (
+            source.image(17).size == (40, 30)
+            and "00001.tar, 00017.jpg at byte" in source.where(17)
+            and not source.skipped
+        )
     joined = data.open_source(f"{tmp_path}/00002.tar::{tmp_path}/00000.tar")
-    assert len(joined) == 20 and joined.caption(0) == "caption 20"
     assert pickle.loads(pickle.dumps(joined)).caption(19) == "caption 9"  # as loading processes may get it
     assert joined.fingerprint() != data.open_source(str(tmp_path / "0000[02].tar")).fingerprint()
     assert joined.fingerprint() == data.open_source(f"{tmp_path}/0000{{2,0}}.tar").fingerprint()
@@ -1378,87 +1350,71 @@ def test_paths_that_exist_are_taken_literally(tmp_path, name):
     refuses(tmp_path / "*.rat.tar", "no such file")
 
 
-PICTURE = png("red")
-LEFT_OUT = [  # members of a tar; captions of its samples; what is left out
-    ([("v1.2.jpg", PICTURE), ("v1.2.txt", b"a"), ("v1.3.txt", b"b"), ("v1.3.jpg", PICTURE)], "ab", {}),
-    ([("v1.jpg", PICTURE), ("v1.txt", b"a"), ("v1.2.jpg", PICTURE), ("v1.2.txt", b"b")], "ab", {}),
-    ([("1.depth.png", PICTURE), ("1.jpg", PICTURE), ("1.seg.png", PICTURE), ("1.txt", b"a")], "a",
-     {".png": 2}),
-    ([("1.jpg", PICTURE), ("1.npy", b"x"), ("1.txt", b"a"), ("README", b"x")], "a",
-     {".npy": 1, "without extension": 1}),
-    ([("1.jpg", PICTURE), ("1.png", PICTURE), ("1.txt", b"a"), ("2.txt", b"b"), ("2.json", b"{}")], "a",
-     {".png": 1, ".txt": 1, ".json": 1}),
-    ([("1.jpg", PICTURE), ("1.txt", b"a"), ("2.jpg", tarfile.SYMTYPE, "1.jpg"), ("2.txt", b"a"),
-      ("3.jpg", tarfile.LNKTYPE, "1.jpg"), ("sub", tarfile.DIRTYPE, "")], "a", {"link": 2, ".txt": 1}),
-    ([("._1.jpg", b"x"), ("1.jpg", PICTURE), ("1.txt", b"a"), ("./.ipynb_checkpoints/1.jpg", PICTURE)], "a",
-     {"hidden": 2}),
-    ([("a/1.jpg", PICTURE), ("a/1.txt", b"a"), ("b/1.jpg", PICTURE), ("b/1.txt", b"b"),
-      ("b/caf\udce9.\udce9", b"")], "ab", {".\\xe9": 1}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("members, captions, skipped", LEFT_OUT)
+@pytest.mark.parametrize("members, captions, skipped", [
+    ("v1.2.jpg v1.2.txt v1.3.txt v1.3.jpg", "v1.2.txt v1.3.txt", {}),
+    ("v1.jpg v1.txt v1.2.jpg v1.2.txt", "v1.txt v1.2.txt", {}),
+    ("1.depth.png 1.jpg 1.seg.png 1.txt", "1.txt", {".png": 2}),
+    ("1.jpg 1.npy 1.txt README", "1.txt", {".npy": 1, "without extension": 1}),
+    ("1.jpg 1.png 1.txt 2.txt 2.json", "1.txt", {".png": 1, ".txt": 1, ".json": 1}),
+    ("1.jpg 1.txt 2.jpg@ 2.txt 3.jpg= sub/", "1.txt", {"link": 2, ".txt": 1}),
+    ("._1.jpg 1.jpg 1.txt ./.ipynb_checkpoints/1.jpg", "1.txt", {"hidden": 2}),
+    ("a/1.jpg a/1.txt b/1.jpg b/1.txt caf\udce9.\udce9", "a/1.txt b/1.txt", {".\\xe9": 1}),
+])  # fmt: skip
 def test_what_a_tar_holds_is_read_or_counted(tmp_path, members, captions, skipped):
-    path = write_tar(tmp_path / "a.tar", members)
-    for _ in range(2):  # by the cache too
-        source = data.open_source(path)
-        assert captions_of(source) == list(captions) and source.skipped == skipped
-    write_tar(tmp_path / "b.tar", members)
-    both = data.open_source(f"{tmp_path}/?.tar").skipped
-    assert both == {kind: 2 * n for kind, n in skipped.items()}
+    kinds = {"@": tarfile.SYMTYPE, "=": tarfile.LNKTYPE, "/": tarfile.DIRTYPE}
+    content = []
+    for name in members.split():
+        text = b"\xef\xbb\xbf" + os.fsencode(name) + b" " + 9999 * "é".encode()
+        written = text if name.endswith(".txt") else png("red")
+        content += [(name[:-1], kinds[name[-1]], "1.jpg") if name[-1] in kinds else (name, written)]
+    write_tar(tmp_path / "a.tar", content), write_tar(tmp_path / "b.tar", content)
+    for times, spec in ((1, "a.tar"), (1, "a.tar"), (2, "?.tar")):  # by the cache too
+        source = data.open_source(str(tmp_path / spec))
+        read = captions_of(source)
+        assert [caption.split()[0] for caption in read] == times * captions.split()
+        assert max(map(len, read)) < 5000 and len(WORDS(read[0])) <= 77  # cut, or BPE would take minutes
+        assert source.skipped == {kind: times * n for kind, n in skipped.items()}
 
 
 def test_an_index_follows_its_tar_and_damage_to_it_shows(tmp_path):
     path = shard(tmp_path / "a.tar", 0, 3)
-    assert len(data.open_source(path)) == 3
+    old = data.open_source(path).fingerprint()
     (cache,) = (tmp_path / "cache" / "scan").iterdir()
     whole = cache.read_bytes()
     for damaged in (b"", whole[:100], whole[:200] + b"\7" + whole[201:]):
         cache.write_bytes(damaged)
         assert data.open_source(path).caption(0) == "caption 0" and cache.read_bytes() == whole
-    old = data.open_source(path)
-    shard(tmp_path / "a.tar", 99, 3)
-    assert data.open_source(path).caption(2) == "caption 101"
-    assert data.open_source(path).fingerprint() != old.fingerprint()  # by the lengths of its captions
-    with pytest.raises(data.UserError, match="changed since"):
-        old.caption(0)
+    shard(tmp_path / "b.tar", 99, 3)
+    (tmp_path / "b.tar").rename(path)
+    new = data.open_source(path)
+    assert new.caption(2) == "caption 101" and new.fingerprint() != old  # by the lengths of its captions
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("owner, name", [(np, "savez"), (Path, "mkdir"), (Path, "home")])
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, owner, name):
+    def fails(*_, **options):
+        raise RuntimeError("no home directory") if name == "home" else OSError(28, "No space left on device")
 
     path = shard(tmp_path / "a.tar", 0, 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        assert len(data.open_source(path)) == 3
-    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    assert len(data.open_source(path)) == 3
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setenv("XDG_CACHE_HOME", "" if name == "home" else str(tmp_path / "c"))
     assert len(data.open_source(path)) == 3
 
 
 def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monkeypatch, capsys):
     paths = [shard(tmp_path / f"{k}.tar", 10 * k, 2) for k in range(4)]
-    opened, index = [], data._tar_index
-    monkeypatch.setattr(data, "_tar_index", lambda path: opened.append(path) or index(path))
+    opened, index = [], data._samples
+    monkeypatch.setattr(data, "_samples", lambda path: opened.append(path) or index(path))
     monkeypatch.setenv("LOCAL_RANK", "1"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     second = data.open_source(str(tmp_path / "*.tar"))
     assert opened == [paths[k] for k in (2, 3, 0, 1)]
     assert captions_of(second) == [f"caption {k}" for k in (0, 1, 10, 11, 20, 21, 30, 31)]
     monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.setattr(data, "_members", None)  # nothing is indexed twice
-    ticks = itertools.chain([0], itertools.repeat(5))  # the first tar took long, the others no time
+    ticks = itertools.chain([0], itertools.repeat(6))  # the first tar took long, the others no time
     monkeypatch.setattr(data.time, "monotonic", lambda: next(ticks))
     assert data.open_source(str(tmp_path / "*.tar")).fingerprint() == second.fingerprint()
-    said = capsys.readouterr().err
-    assert "\rindexing: 1 of 4 tar files, 2 samples" in said and said.endswith("4 tar files, 8 samples\n")
+    assert len(opened) == 4 and capsys.readouterr().err == "indexing: 1 of 4 tar files\n"
     Path(paths[1]).unlink()
-    data._open_tar.cache_clear()
     with pytest.raises(data.UserError, match="1.tar: No such file"):
         data.Pairs(second, WORDS, 8)[2]
 
@@ -1467,29 +1423,27 @@ def test_ranks_index_from_places_of_their_own_and_share_the_cache(tmp_path, monk
 def test_many_tars_are_indexed_by_several_processes(tmp_path, monkeypatch):
     for k in range(16):
         shard(tmp_path / f"{k:02}.tar", k, 1)
+    here, index = os.getpid(), data._samples
+    monkeypatch.setattr(data, "_samples", lambda path: index(path) if os.getpid() != here else None)
     monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
-    here, index = os.getpid(), data._tar_index
-
-    def elsewhere(path):
-        assert os.getpid() != here
-        return index(path)
-
-    elsewhere.__name__, elsewhere.__qualname__ = "_tar_index", "_tar_index"
-    elsewhere.__module__ = "data"
-    monkeypatch.setattr(data, "_tar_index", elsewhere)
     assert captions_of(data.open_source(str(tmp_path / "*.tar"))) == [f"caption {k}" for k in range(16)]
     (tmp_path / "05.tar").write_bytes(b"no tar at all" * 100)
     refuses(tmp_path / "*.tar", "05.tar: not a whole tar")
 
 
 LONG = "a/long/name/" * 12  # takes headers of its own
-FORMS = {  # format, time and folder of a tar's members
-    "ustar": (tarfile.USTAR_FORMAT, 0, ""),
-    "webdataset's": (tarfile.PAX_FORMAT, 1600000000.25, "../../"),  # read in place, never extracted
-    "ustar, prefix": (tarfile.USTAR_FORMAT, 0, LONG),
-    "gnu, long": (tarfile.GNU_FORMAT, 0, LONG),
-    "pax, long": (tarfile.PAX_FORMAT, 0, LONG),
-}
+
+
+@pytest.mark.parametrize("form, mtime, folder", [
+    (tarfile.USTAR_FORMAT, 0, LONG), (tarfile.GNU_FORMAT, 0, LONG), (tarfile.PAX_FORMAT, 0, LONG),
+    (tarfile.PAX_FORMAT, 1600000000.25, "../../"),  # as webdataset writes them; never extracted
+])  # fmt: skip
+def test_tars_of_every_form_give_what_was_written(tmp_path, form, mtime, folder):
+    members = [(f"{folder}{k}.{kind}", bytes([k]) * 300 * k) for k in range(5) for kind in ("PNG", "txt")]
+    path = write_tar(tmp_path / "a.tar", members, form, mtime)
+    source = data.open_source(path)
+    assert [source._read(i, kind) for i in range(5) for kind in ("png", "txt")] == [x for _, x in members]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.tar", "cache"}
 
 
 def header(name, size):
@@ -1509,12 +1463,13 @@ SWALLOWED = "".join(f"{k}.jpg\t{caption}\n" for k, caption in enumerate(["a", '"
 
 @pytest.mark.parametrize("name, content, message", [
     *[("a.tar", content, "not a whole tar") for content in NO_TARS],
-    ("a.tar", bytes(10240), "no sample"), ("a.tar", GOOD[1024:], "no sample .* left out: 1 .txt"),
-    ("a.tar", gzip.compress(GOOD), "is compressed"), ("a.tar.gz", gzip.compress(GOOD), "is compressed"),
-    ("a.csv", gzip.compress(b"filepath,title\na,b\n"), "is compressed"),
+    ("a.tar", bytes(10240), "no sample"), ("a.tar", GOOD[1024:], "no sample .*left out: .'.txt': 1"),
+    ("a.tar", gzip.compress(GOOD), "not a whole tar file, or compressed"), ("a.csv.gz", b"", ".*compressed"),
+    ("a.csv", gzip.compress(b"filepath,title\na,b\n"), "is UTF-16 or compressed"),
     ("a.csv", "filepath,title\na,b\n".encode("utf-16"), "is UTF-16"),
-    ("a.csv", b"filepath;caption\na;b\n", "no column 'title' .*--caption-key"),
-    ("a.csv", b"", "no column 'filepath'"), ("a.csv", b"filepath,title\n", "no rows"),
+    ("a.csv", "filepath,title\na,b\n".encode("utf-16-le"), "is UTF-16"),
+    ("a.csv", b"filepath;caption\na;b\n", "no column 'title' .*'caption'.; name yours with --caption-key"),
+    ("a.csv", b"", "no column 'filepath'"), ("a.csv", b"filepath,title\n", "has no samples"),
     ("a.csv", b"filepath,title\na\n", "line 2: 1 fields"),
     ("a.csv", b'filepath,title\na,b\nc,"d\ne,f\n', "line 3: unexpected end"),
     ("a.csv", b'filepath,title\na,b\nc,"d" e\ne,f\n', "line 3: .*expected after"),
@@ -1534,12 +1489,21 @@ def test_tables_of_any_delimiter(tmp_path, delimiter):
     (tmp_path / "img").mkdir()
     (tmp_path / "img" / "ü.jpg").write_bytes(jpeg())
     rows = [["n", "title", "filepath"], ["1", '"two\nlines, quoted"', "img/ü.jpg"]]
-    rows += [["2", 'a 5" disk', "img/ü.jpg"], ["3", "", "x.jpg"]]
-    (tmp_path / "a.tsv").write_text("\n".join(delimiter.join(row) for row in rows), encoding="utf-8")
-    source = data.open_source(str(tmp_path / "a.tsv"))
-    assert captions_of(source) == ["two\nlines, quoted", 'a 5" disk', ""]
-    assert source.image(1).size == (40, 30) and source.same_images() == ([0, 2], [0, 0, 1])
-    (tmp_path / "b.tsv").write_text((tmp_path / "a.tsv").read_text().replace("disk", "Disk"))
+    rows += [["2", 'a 5" disk', "img/ü.jpg"], ["3", "x", "x.jpg"], ["4", "caf\udce9", "img/ü.jpg"]]
+    content = "\n".join(delimiter.join(row) for row in rows).encode("utf-8", "surrogateescape")
+    (tmp_path / "a.tsv").write_bytes(content)
+    source = data.open_source(str(tmp_path / "a.tsv"), label_key="n")
+    assert source.classes == ["1", "2", "3", "4"] and source.labels.tolist() == [0, 1, 2, 3]
+    refuses(tmp_path / "a.tsv", "no column 'kind' .*--label-key", label_key="kind")
+    assert [source.caption(i) for i in range(3)] == ["two\nlines, quoted", 'a 5" disk', "x"]
+    assert source.image(1).size == (40, 30) and source.same_images() == ([0, 2], [0, 0, 1, 0])
+    pairs = data.Pairs(source, WORDS, 8)
+    assert (
+        pairs.why(2)
+        == f"{tmp_path}/x.jpg (row 3 below the header of {tmp_path}/a.tsv): No such file or directory"
+    )
+    assert "(row 4 below" in pairs.why(3) and "'utf-8' codec can't decode byte 0xe9" in pairs.why(3)
+    (tmp_path / "b.tsv").write_bytes(content.replace(b"disk", b"Disk"))
     assert data.open_source(str(tmp_path / "b.tsv")).fingerprint() != source.fingerprint()
 
 
@@ -1581,33 +1545,26 @@ def test_splits_are_no_classes(tmp_path):
         assert source.skipped == {".txt": 1, "folder beside the splits": 1}
     plant(tmp_path / "other", "Test/cat/1.jpg", "Test/dog/1.jpg")
     assert len(data.open_source(str(tmp_path / "other"), train=False)) == 2
-    refuses(tmp_path / "other", "has test, but no train")
+    refuses(tmp_path / "other", "has .'test'., but no train")
 
 
 FOLDERS = [  # files of a folder, and what is said of it
-    (["images/1.jpg", "images/2.jpg", "annotations.txt"], "only one: .'images'"),  # as Tiny-ImageNet's val
-    (["images/1.jpg", "labels/1.xml"], "only one: .'images'"), (["1.jpg", "2.jpg"], "no class folders"),
+    (["images/1.jpg", "images/2.jpg", "notes.xml"], "two classes; left out: .'.xml': 1"),  # Tiny-ImageNet
+    (["1.jpg", "2.jpg"], "no pictures in two classes"),
     (["00000/0.jpg", "00000/0.txt", "00000/0.json", "00001/1.jpg", "00001/1.txt", "00000_stats.json"],
-     "captions are read from .tar shards"),  # img2dataset's output_format=files
+     "pictures with captions beside them as tars or a .csv"),  # img2dataset's output_format=files
+    (["00000.tar", "00001.tar", "00000.parquet"], r"left out: .'.tar': 2, .*/\*.tar'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("names, message", FOLDERS)
 def test_folders_without_classes_serve_moco_alone(tmp_path, names, message):
-    refuses(plant(tmp_path, *names), message)
-    source = data.open_source(str(tmp_path), captions=False)
-    assert source.classes is None and source.labels is None  # nothing to evaluate on
     pictures = [name for name in names if name.endswith(".jpg")]
-    assert [source.where(i) for i in range(len(source))] == [f"{tmp_path}/{name}" for name in pictures]
-
-
-def test_folders_without_pictures_are_refused(tmp_path):
-    refuses(
-        plant(tmp_path / "shards", "00000.tar", "00001.tar", "00000.parquet"),
-        r"shards/\*.tar'",
-        captions=False,
-    )
-    refuses(plant(tmp_path / "heic", "cat/1.heic", "dog/2.heic"), "no pictures in it; left out: 2 .heic")
+    refuses(plant(tmp_path, *names), message, captions=bool(pictures))
+    if pictures:
+        source = data.open_source(str(tmp_path), captions=False)
+        assert [source.where(i) for i in range(len(source))] == [f"{tmp_path}/{name}" for name in pictures]
+        assert source.classes is None and source.labels is None  # nothing to evaluate on
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems may not allow such names")
@@ -1617,8 +1574,6 @@ def test_names_that_are_not_utf8_are_read_and_escaped(tmp_path):
     assert source.classes == ["caf\\xe9", "dog"] and source.skipped == {".caf\\xe9": 1}
     assert source.caption(0) == "a photo of a caf\\xe9."
     assert data.Pairs(source, WORDS, 8)[0][:2] == (0, -1) and len(source.fingerprint()) == 64
-    (tmp_path / "a.csv").write_bytes(b"filepath,title\ncaf\xe9/caf\xe9.jpg,x\n")
-    assert data.open_source(str(tmp_path / "a.csv")).image(0).size == (40, 30)
 
 
 def test_class_names_become_captions_by_the_first_template(tmp_path):
@@ -1626,7 +1581,6 @@ def test_class_names_become_captions_by_the_first_template(tmp_path):
     assert captions_of(data.open_source(path)) == ["a photo of a cat {0}.", "a photo of a dog."]
     own = data.open_source(path, templates=["{}", "one {}"])
     assert captions_of(own) == ["cat {0}", "dog"] and own.templates == ["{}", "one {}"]
-    assert data.open_source("shapes:8").templates == data.Shapes.templates
     assert data.open_source(path).templates == ["a photo of a {}."]
 
 
@@ -1639,8 +1593,8 @@ GROUPS = [json.dumps({"group": group}).encode() for group in ("food", "animals",
     (dict(json=GROUPS, cls=[b"1"] * 3), "group", (["animals", "food"], [1, 0, 1])),
     (dict(json=GROUPS), None, (None, None)), (dict(cls=[b"1"] * 3), None, (None, None)),  # one class is none
     (dict(cls=[b"1", None, b"2"]), None, "a.tar, 1.jpg at byte .*: no .cls"),
-    (dict(json=[b"[]"] * 3), "group", "no names"), (dict(json=GROUPS[:2] + [None]), "group", "neither"),
-    (dict(json=GROUPS), "kind", "no 'kind'"),
+    (dict(json=[b"[]"] * 3), "group", "no 'group'"), (dict(json=GROUPS[:2] + [None]), "group", "no .json"),
+    (dict(json=[b'{"group": null}'] * 3), "group", "no class, but None"),
 ])  # fmt: skip
 def test_labels_of_tars(tmp_path, parts, label_key, expected):
     members = [(f"{k}.{kind}", values[k]) for k in range(3) for kind, values in parts.items() if values[k]]
@@ -1654,13 +1608,6 @@ def test_labels_of_tars(tmp_path, parts, label_key, expected):
         assert (source.classes, labels) == expected
     if "json" not in parts:
         refuses(path, "no sample")  # pictures without captions are for MoCo alone
-
-
-def test_labels_of_tables(tmp_path):
-    (tmp_path / "a.csv").write_text("filepath,title,group\na.jpg,x,food\nb.jpg,y,animals\n")
-    source = data.open_source(str(tmp_path / "a.csv"), label_key="group")
-    assert source.classes == ["animals", "food"] and source.labels.tolist() == [1, 0]
-    refuses(tmp_path / "a.csv", "no column 'kind'", label_key="kind")
 
 
 def test_shapes_plant_what_they_say():
@@ -1686,14 +1633,19 @@ WORDS = clip_model.HashedWords()
 class Edges(data.Source):
     """By data.py's docstring. At the edge in its pictures bicubic resizing overshoots, bilinear does not."""
 
+    def __init__(self, n, unreadable=()):
+        self.n, self.unreadable = n, unreadable
+
     def __len__(self):
-        return 12
+        return self.n
 
     def image(self, id, draft=None):
+        if id in self.unreadable:
+            raise TypeError(f"a bug\nat {id}")
         return Image.fromarray(np.where(np.indices((64, 64, 3))[1] < 32, 60, 190).astype(np.uint8))
 
     def caption(self, id):
-        return f"edge {id}"
+        return "edge " * (id % 12 + 1)
 
     def where(self, id):
         return f"the edge {id}"
@@ -1703,18 +1655,21 @@ class Edges(data.Source):
 
 
 def test_a_source_written_by_the_docstring_serves_both_datasets():
-    source = Edges()
+    source = Edges(12, unreadable=[7])
     clip = data.Pairs(source, WORDS, 48, crop_min=0.5)
     views = data.Views(source, 48, moco.draw_views, crop_min=0.3)
     assert clip.crop.areas == (0.5, 1.0) and views.crop.areas == (0.3, 1.0)
+    used = [0, 1, 2, 3, 4, 5, 6, 8, 8, 9, 10, 11]
     ids, failed, images, tokens = data.collate([clip[i] for i in range(12)])
-    assert ids.tolist() == list(range(12)) and not len(failed)
-    assert tokens[3].tolist() == WORDS("edge 3").tolist()
-    assert images.min() < 58 and images.max() > 192
-    two = data.collate([views[i] for i in range(12)])[2]
-    assert two.shape == (12, 2, 3, 48, 48) and two.min() >= 59 and two.max() <= 191
+    assert ids.tolist() == used and failed.tolist() == [7] and failed.dtype == ids.dtype == torch.int64
+    expected = [WORDS(source.caption(i)).tolist() for i in used]
+    assert tokens.tolist() == [words + [0] * (len(expected[-1]) - len(words)) for words in expected]
+    assert images.shape == (12, 3, 48, 48) and images.min() < 58 and images.max() > 192
+    ids, failed, two, numbers = data.collate([views[i] for i in range(7)])
+    assert failed.shape == (0,) and two.shape == (7, 2, 3, 48, 48) and numbers.shape == (7, 2, 9)
+    assert two.min() >= 59 and two.max() <= 191
     assert data.Pictures(source, data.eval_transform(8))[5][0] == 5
-    assert len(clip.fingerprint()) == 16 and "the edge 2: can be read" in views.why(2)
+    assert views.why(2) == "the edge 2: can be read now"
 
 
 def test_two_views_differ_and_repeat():
@@ -1733,52 +1688,21 @@ def test_two_views_differ_and_repeat():
         assert not other[3][2].equal(first[2])
         dataset.set_epoch(1)
         assert not dataset[3][2].equal(first[2])
-    views = crops()[1]
-    _, _, two_crops, numbers = views[3]
-    assert two_crops.shape == (2, 3, 32, 32) and numbers.shape == (2, 9)
+    _, _, two_crops, numbers = crops()[1][3]
     assert not two_crops[0].equal(two_crops[1]) and not numbers[0].equal(numbers[1])
-    assert not views[4][3].equal(numbers) and list(views.truth) == ["redundant"]
-
-
-class Stub(Edges):
-    """A source of a billion pictures, of which all before `good` can't be read."""
-
-    good = 0
-
-    def __init__(self):
-        self.asked = []
-
-    def __len__(self):
-        return 10**9
-
-    def image(self, i, draft=None):
-        self.asked.append(i)
-        if i < self.good or self.good < 0:
-            raise TypeError(f"a bug\nat {i}")
-        return Image.new("RGB", (8, 8))
+    assert not crops()[1][4][3].equal(numbers) and list(crops()[1].truth) == ["redundant"]
 
 
 def test_any_id_of_a_billion_is_read_at_once():
-    source = Stub()
-    pairs = data.Pairs(source, WORDS, 8)
-    assert pairs[10**9 - 1][:2] == (10**9 - 1, -1)
-    source.good = 2
-    assert pairs[0][:2] == (2, 0) and pairs[1][:2] == (2, 1)
-    source.good, source.asked = -1, []
+    pairs = data.Pairs(Edges(10**9, unreadable=range(2)), WORDS, 8)
+    assert [pairs[i][:2] for i in (10**9 - 1, 0, 1)] == [(10**9 - 1, -1), (2, 0), (2, 1)]
+    for last in (97, 98):  # of the 100 ids that are tried, around the end
+        pairs = data.Pairs(Edges(10**9, {10**9 - 2, 10**9 - 1, *range(last)}), WORDS, 8)
+        if last == 97:
+            assert pairs[10**9 - 2][:2] == (97, 10**9 - 2)
     with pytest.raises(data.UserError, match="100 samples.*8: TypeError: a bug at 999999998") as error:
         pairs[10**9 - 2]
-    assert source.asked == [10**9 - 2, 10**9 - 1, *range(98)] and "\n" not in str(error.value)
-    assert isinstance(error.value.__cause__, TypeError)
-    assert pairs.why(5) == "the edge 5: TypeError: a bug at 5"
-
-
-def test_batches_name_only_what_failed():
-    image, tokens, views = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor([7, 8]), torch.ones(2, 9)
-    ids, failed, images, padded = data.collate([(5, -1, image, tokens), (7, 6, image, tokens[:1])])
-    assert ids.tolist() == [5, 7] and failed.tolist() == [6] and images.shape == (2, 3, 4, 4)
-    assert padded.tolist() == [[7, 8], [7, 0]] and padded.dtype == torch.int64
-    _, failed, _, numbers = data.collate([(0, -1, image, views)] * 3)
-    assert failed.shape == (0,) and failed.dtype == ids.dtype == torch.int64 and numbers.shape == (3, 2, 9)
+    assert "\n" not in str(error.value) and isinstance(error.value.__cause__, TypeError)
 
 
 def test_mismatch_shuffles_its_share_and_keeps_the_truth():
@@ -1797,7 +1721,6 @@ BOMB = bytearray(png("red"))
 BOMB[16:24] = (10_000).to_bytes(4, "big") * 2
 BOMB[29:33] = zlib.crc32(BOMB[12:29]).to_bytes(4, "big")
 BAD_SAMPLES = [  # a picture, its text, and what is said of them
-    (b"", (".txt", b"x"), "no picture, but 0 bytes"),
     (b"words", (".txt", b"x"), "no picture, but 5 bytes: b'words'"),
     (encoded(Image.new("RGB", (8, 8)), "PCX"), (".txt", b"x"), "no picture"),  # of no format we ask for
     (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
@@ -1806,13 +1729,12 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (png("red")[:-30], (".txt", b"x"), ""),
     (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), (".txt", b"x"), "not finite"),
     (png("red"), (".txt", b" \n\t"), "caption is empty"),
-    (png("red"), (".txt", b"caf\xe9 noir"), "caption is not UTF-8 after 'caf'"),
-    (png("red"), (".txt", bytes(9)), "NUL"),
-    (png("red"), (".json", b"[1, 2]"), "no names and values"),
-    (png("red"), (".json", b'{"caption": null}'), 'no text under "caption"'),
-    (png("red"), (".json", b'{"caption": "\\ud800"}'), "not UTF-8"),
-    (png("red"), (".json", b"{"), ".json can't be read"),
-    (png("red"), (".cls", b"1"), "neither a .txt nor a .json"),
+    (png("red"), (".txt", b"caf\xe9 noir"), "'utf-8' codec can't decode byte 0xe9 in position 3"),
+    (png("red"), (".txt", bytes(9)), "its caption is no text, but "),
+    (png("red"), (".json", b"[1, 2]"), "no 'caption' in its .json"),
+    (png("red"), (".json", b'{"caption": "\\ud800"}'), "surrogates not allowed"),
+    (png("red"), (".json", b"{"), "no 'caption' in its .json (Expecting"),
+    (png("red"), (".cls", b"1"), "no .json beside it"),
 ]  # fmt: skip
 
 
@@ -1830,90 +1752,6 @@ def test_bad_samples_are_replaced_and_the_cause_is_said(tmp_path):
     assert evaluated[n][0] == n and evaluated[n][1].shape == (3, 8, 8)
     with pytest.raises(data.UserError, match="1.png at byte .*: no picture"):
         evaluated[1]
-
-
-def test_bad_rows_of_a_table_are_replaced_and_the_cause_is_said(tmp_path):
-    missing = f"{tmp_path}/missing.png (row 2 below the header of {tmp_path}/a.csv): No such"
-    causes = {b"folder,x": "Is a directory", b"missing.png,x": missing}
-    causes |= {b"good.png,caf\xe9": "not UTF-8 after 'caf'", b"good.png,": "caption is empty"}
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "good.png").write_bytes(png("blue"))
-    (tmp_path / "a.csv").write_bytes(b"\n".join([b"filepath,title", *causes, b"good.png,x"]))
-    pairs = data.Pairs(data.open_source(str(tmp_path / "a.csv")), WORDS, 16)
-    assert [pairs[i][:2] for i in range(5)] == [(4, i) for i in range(4)] + [(4, -1)]
-    for i, cause in enumerate(causes.values()):
-        assert f"(row {i + 1} below the header of" in pairs.why(i) and cause in pairs.why(i)
-
-
-@pytest.mark.parametrize("text", [b"x" * 10_000_000, b"\xef\xbb\xbfred", b"y" + "é".encode() * 9999])
-def test_odd_captions_give_tokens(text, tmp_path):
-    source = data.open_source(write_tar(tmp_path / "a.tar", [("a.png", png("red")), ("a.txt", text)]))
-    used, failed, _, tokens = data.Pairs(source, WORDS, 16)[0]
-    assert (used, failed) == (0, -1) and 3 <= len(tokens) <= 77
-    assert text.decode("utf-8-sig").startswith(source.caption(0)) and len(source.caption(0)) < 5000
-
-
-def mutate(content, rng):
-    """Bits flipped, or a stretch cut off, zeroed, doubled, left out or copied over another."""
-    a, b = sorted(rng.integers(0, len(content) + 1, 2))
-    b = min(b, a + int(rng.choice([1, 16, 512, 4096])))
-    at = int(rng.integers(0, len(content) - (b - a) + 1))
-    flipped = bytearray(content)
-    for k in rng.integers(0, len(content), 2):
-        flipped[k] ^= 1 << int(rng.integers(8))
-
-    def over(at, stretch):
-        return content[:at] + stretch + content[at + len(stretch) :]
-
-    doubled, less = content[:b] + content[a:], content[:a] + content[b:]
-    kinds = flipped, content[:a], over(a, bytes(b - a)), doubled, less, over(at, content[a:b])
-    return bytes(kinds[rng.integers(6)])
-
-
-FUZZ = int(os.environ.get("SCAN_FUZZ", 1))  # how many times the usual number of mutations
-
-
-def plainly(path):
-    """(picture, caption or None) of a tar's samples, as tarfile extracts them."""
-    samples, last = [], None
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, kind = os.path.splitext(member.name)
-            hidden = re.search(r"(^|/)\.[^./]", member.name)
-            if member.isreg() and not member.issparse() and not hidden and kind.lower() in (".png", ".txt"):
-                if key != last:
-                    samples.append({})
-                samples[-1].setdefault(kind.lower(), tar.extractfile(member).read())
-                last = key
-    return [(s[".png"], s.get(".txt")) for s in samples if ".png" in s]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_tars_give_what_tarfile_reads_or_are_refused(tmp_path, form, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # no cache: written anew, a file may look the same
-    form, mtime, folder = FORMS[form]
-    members = []
-    for k in range(5):
-        members += [
-            (f"{folder}{k}.PNG", png((40 * k, 9, 99))),
-            (f"{folder}{k}.txt", b"caption number %d" % k),
-        ]
-    path = tmp_path / "a.tar"
-    original = Path(write_tar(path, members, form, mtime)).read_bytes().rstrip(b"\0")
-    original += bytes(-len(original) % 512 + 1024)
-    read = refused = 0
-    for seed in range(-1, 40 * FUZZ):
-        path.write_bytes(original if seed < 0 else mutate(original, np.random.default_rng(seed)))
-        try:
-            source = data.open_source(str(path))
-        except data.UserError as error:
-            assert "\n" not in str(error) and seed >= 0
-            refused += 1
-            continue
-        found = [(source._read(i, 0), source._read(i, 1)) for i in range(len(source))]
-        assert found == plainly(path) and (seed >= 0 or len(found) == 5)
-        read += 1
-    assert min(read, refused) > 5 * FUZZ
 
 
 # ---------------------------------------------------------------- eval.py: models
@@ -3620,31 +3458,6 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["last.pt"]
     assert train.newest_checkpoint(tmp_path, print)[0]["x"].equal(torch.ones(3))
-
-
-def test_fuzzed_checkpoints_are_whole_or_fall_back(tmp_path):
-    def state(k):
-        weights = {"w": torch.full((64,), float(k))}
-        return {"model": weights, "scan": {"epoch": k}, "args": {"arch": "vit_tiny"}}
-
-    train.save_checkpoint(tmp_path, state(1))
-    train.save_checkpoint(tmp_path, state(2))
-    original = (tmp_path / "last.pt").read_bytes()
-    outcomes, folders = {1: 0, 2: 0}, []
-    # in the table of contents, this bit marks a folder: torch would leave its tensor unset
-    for at in range(original.index(b"PK\x01\x02"), len(original)):
-        folders.append(bytearray(original))
-        folders[-1][at] ^= 0x10
-    mutants = (mutate(original, np.random.default_rng(seed)) for seed in range(250 * FUZZ))
-    for number, content in enumerate(itertools.chain(folders, mutants)):
-        (tmp_path / "last.pt").write_bytes(content)
-        said = []
-        loaded, _ = train.newest_checkpoint(tmp_path, said.append)
-        k = loaded["scan"]["epoch"]
-        assert loaded["model"]["w"].equal(state(k)["model"]["w"]), number
-        assert loaded["args"] == state(k)["args"] and (k == 1) == bool(said), number
-        outcomes[k] += 1
-    assert min(outcomes.values()) > 10 * FUZZ
 
 
 class Payload:
