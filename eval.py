@@ -3,8 +3,7 @@
     python eval.py zeroshot  --checkpoint runs/x                                  # on the run's --val-data
     python eval.py retrieval --checkpoint runs/x --data 'val-{00000..00003}.tar'
     python eval.py knn       --checkpoint runs/x --data imagenet --val-data imagenet
-    torchrun --nproc_per_node 8 eval.py finetune --checkpoint runs/x --data imagenet \\
-        --val-data imagenet --test-data imagenetv2 imagenet-r                     # any command runs on ranks
+    torchrun --nproc_per_node 8 eval.py finetune --checkpoint runs/x              # any command runs on ranks
     python eval.py export    --checkpoint runs/x --out weights.pt                 # for open_clip or timm
     python eval.py coreset   runs/a runs/b --prune 0.3 --out kept.npy             # Sect. 4.3
 
@@ -55,7 +54,8 @@ RECIPES = {
 # MoCo v3's linear protocol: the middle 224 of 256 pixels for any model, resized by torchvision's default
 LINCLS_RESIZE = dict(crop=moco.MoCo.eval_crop, interpolation=InterpolationMode.BILINEAR)
 WRAPPERS = ("module", "_orig_mod")  # parts of names added by DistributedDataParallel and torch.compile
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # in OpenAI's, in averages
+# entries that are no weights: of OpenAI's archives, and of torch's AveragedModel
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
 
 
 # ---------------------------------------------------------------- models
@@ -72,10 +72,7 @@ def tokenizer_for(vocab):
 
 
 def load_checkpoint(path):
-    """Read a dict of tensors and plain values from a file or from a run's folder.
-
-    Executes nothing in the file, and refuses a damaged one.
-    """
+    """Read a dict from a file or a run's folder. Executes nothing in the file, and refuses a damaged one."""
     path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
     reason = "no checkpoint, or damaged: torch.load(weights_only=True) must read a dict of tensors from it"
     try:
@@ -121,7 +118,7 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
             if text:
                 tokenizer = _tokenizer(path, checkpoint.get("tokenizer"), vocab)
                 words = tokenizer.vocab_size
-            quick_gelu = quick_gelu or "input_resolution" in checkpoint  # OpenAI's own weights
+            quick_gelu = quick_gelu or "input_resolution" in _weights(checkpoint)  # trained by OpenAI
             model = clip_model.create(arch, image_size or 224, words, quick_gelu=quick_gelu)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -130,12 +127,10 @@ def load_model(path, arch=None, vocab=None, image_size=None, quick_gelu=False, t
 
 
 def load_weights(model, path, checkpoint=None):
-    """Load weights of train.py, open_clip, timm (for MoCo, the backbone) or MoCo v3 into `model`.
-
-    Returns the name of the tokenizer that they were trained with, None if unknown.
-    """
+    """Load weights of train.py, open_clip, timm or MoCo v3 -> name of their tokenizer, or None."""
     checkpoint = checkpoint or load_checkpoint(path)
-    weights = _weights(checkpoint)
+    found = _weights(checkpoint)
+    weights = {name: weight for name, weight in found.items() if name not in NO_WEIGHTS}
     if isinstance(model, moco.MoCo) and not any(name.startswith("base_encoder.") for name in weights):
         # timm's ViT is the backbone alone: start both encoders from it, keep projector and predictor
         backbone = {name: weight for name, weight in weights.items() if not name.startswith("head.")}
@@ -145,21 +140,19 @@ def load_weights(model, path, checkpoint=None):
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()[:200]
-        model = f"{model.arch} at {model.image_size} px"
-        raise UserError(f"{path}: its weights do not fit {model} ({reason})") from None
-    if "input_resolution" in checkpoint and not model.quick_gelu:
+        wanted = f"{model.arch} at {model.image_size} px"
+        raise UserError(f"{path}: its weights do not fit {wanted} ({reason})") from None
+    if "input_resolution" in found and not model.quick_gelu:
         warnings.warn(f"{path}: trained with QuickGELU by OpenAI; this model has GELU", stacklevel=2)
     return checkpoint.get("tokenizer")
 
 
 def _weights(checkpoint):
     """Return the state dict in a checkpoint, under the names of an unwrapped model."""
-    found = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    wrapped = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     weights = {}
-    for name, weight in found.items() if isinstance(found, dict) else []:
-        name = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
-        if name not in NO_WEIGHTS:
-            weights[name] = weight
+    for name, weight in wrapped.items() if isinstance(wrapped, dict) else []:
+        weights[".".join(part for part in str(name).split(".") if part not in WRAPPERS)] = weight
     return weights
 
 
@@ -446,7 +439,7 @@ def learning_rate(protocol, step, per_epoch, epochs, lr):
         step = step // per_epoch * per_epoch
     total = epochs * per_epoch
     warmup = {"wise-ft": 500, "deit": 5 * per_epoch, "sgd": 0}[protocol]
-    warmup = min(warmup, total // 5)  # at most a fifth
+    warmup = min(warmup, total // 5)  # short runs: at most a fifth
     done = max(step - warmup, 0) / max(total - warmup, 1)
     return lr * min(1, (step + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * done)) / 2
 
@@ -461,8 +454,7 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
     sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=drop_last)
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
     loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, **options)
-    mixes = [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
-    mix = v2.RandomChoice(mixes)
+    mix = [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
     optimizer, module = make_optimizer(classifier, protocol, lr, wd), classifier
     if world > 1:
         module = DistributedDataParallel(classifier, [device.index] if device.type == "cuda" else None)
@@ -481,7 +473,7 @@ def train_classifier(classifier, train, protocol, device, *, epochs, batch_size,
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             images = classifier.model.normalize(images)
             if protocol == "deit":
-                images, labels = mix(images, labels)
+                images, labels = v2.RandomChoice(mix)(images, labels)
             with autocast:
                 logits = module(images)
             smoothing = 0.1 if protocol == "deit" else 0.0
@@ -544,9 +536,9 @@ def train_and_classify(model, protocol, head, train, tests, device, recipe, work
     if out and is_first_rank():
         state = export(model) | {f"head.{k}": v for k, v in classifier.head.state_dict().items()}
         _write(out, lambda file: torch.save(state, file))
-    options, scores = dict(encode=classifier.eval(), workers=workers), {}
-    options["resize"] = LINCLS_RESIZE if protocol == "sgd" else None
+    resize, scores = LINCLS_RESIZE if protocol == "sgd" else None, {}
     for name, source in tests.items():
+        options = dict(encode=classifier.eval(), resize=resize, workers=workers)
         scores[name] = accuracy(image_features(model, source, device, **options), *labels[name])
     result = {"protocol": protocol} | scores.pop("")
     return result | ({"test": scores} if scores else {})
@@ -596,9 +588,8 @@ def run_coreset(runs, prune, out):
     if len(runs) > 2:
         groups.append(list(range(len(runs))))
     pruned, overlaps = torch.stack([pruned_set(state, prune) for state in states]), []
-    for (
-        group
-    ) in groups:  # IoU of their kept and of their pruned sets, each with that of random sets (Table 5)
+    # IoU of the kept and of the pruned sets, each with that of random sets (Table 5)
+    for group in groups:
         row = {"runs": [runs[k] for k in group]}
         for kind, rho, sets in (("kept", 1 - prune, ~pruned[group]), ("pruned", prune, pruned[group])):
             row[kind] = round(sets.all(0).sum().item() / max(sets.any(0).sum().item(), 1), 4)
@@ -632,10 +623,7 @@ def _write(path, write):
 
 
 def commands():
-    """-> options of every flag; by name of the command, its function and the flags that it takes.
-
-    To add an evaluation, write its function and add its row.
-    """
+    """-> options of every flag; by name, each command's function and flags. A new evaluation needs a row."""
     default = {k: ", ".join(f"{r[k]:g} ({name})" for name, r in RECIPES.items()) for k in RECIPES["sgd"]}
     kinds = "shapes[:N], tar shards, .csv/.tsv, class folders, cifar10[:DIR]"
     flags = {
@@ -696,7 +684,7 @@ def parse_args(argv=None):
 
 
 def run(args):
-    """Call the function of a command. Its parameters, by name: what is opened here, or flags."""
+    """Call a command's function. Fill its parameters by name: with what is opened here, or flags."""
     function, _ = commands()[1][args.command]
     wanted, values = inspect.signature(function).parameters, vars(args)
     if "model" not in wanted:
@@ -740,8 +728,7 @@ def open_source(args, model, spec, train=False, captions=False):
     return source
 
 
-def lines(path):
-    """The lines of a file. This and the following are argparse types."""
+def lines(path):  # this and the following are argparse types
     try:
         with open(path, encoding="utf-8") as file:
             found = [line.strip() for line in file if line.strip()]

@@ -26,21 +26,20 @@ def probe(run, val_data):
         raise data.UserError(f"{run}: not a run of MoCo")
     val_data = val_data or args["val_data"]
     if val_data is None:
-        raise data.UserError(f"{run}: what shall be classified? give --val-data")
-    common = dict(size=args["image_size"], captions=False, label_key=args["label_key"])
-    train = data.open_source(args["data"], train=True, image_key=args["img_key"], **common)
-    test = data.open_source(val_data, train=False, image_key=args["img_key"], **common)
+        raise data.UserError(f"{run}: say what to classify, with --val-data")
+    keys = dict(image_key=args["img_key"], label_key=args["label_key"])
+    train = data.open_source(args["data"], train=True, size=args["image_size"], captions=False, **keys)
+    test = data.open_source(val_data, train=False, size=args["image_size"], captions=False, **keys)
     torch.manual_seed(args["seed"])  # as train.py draws the initial weights
     untrained = moco.create(args["arch"], args["image_size"]).eval()
     trained, _ = evaluation.load_model(run)
     if train.labels is None or test.labels is None:
-        raise data.UserError(f"{run}: no labels: was it trained with --label-key?")
+        raise data.UserError(f"{run}: no labels; was it trained with --label-key?")
     scores = {}
     for name, model in (("untrained", untrained), (re.sub(r"-seed\d+$", "", run.name), trained)):
         loading = dict(workers=evaluation.loading_processes())
-        found = [
-            p(model, train, test, torch.device("cpu"), **loading) for p in (evaluation.knn, evaluation.linear)
-        ]
+        protocols = evaluation.knn, evaluation.linear
+        found = [protocol(model, train, test, torch.device("cpu"), **loading) for protocol in protocols]
         scores[name] = [result[key] for result in found for key in ("top1", "balanced")]
     return args["seed"], scores
 
