@@ -310,6 +310,24 @@ def tar_row(size, workers, args):
     return f"{count / mine:,.0f}/s", f"{count / peer:,.0f}/s", ratio
 
 
+def bare_row(size, args):
+    """One process beside a bare loop of what no loader avoids: Pillow's decoding, torch's resizing."""
+    torch.set_num_threads(1)
+    files = pictures(200, (500, 375))
+    paths = write_shards(args.folder / "tars224", 4, 200, files)
+    pairs = data.Pairs(data.open_source("::".join(paths)), WORDS, size)
+
+    def bare():
+        for content in files:
+            picture = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+            image = torch.from_numpy(picture).permute(2, 0, 1)[None]
+            F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+
+    mine, peer, ratio = alternate(args.rounds, lambda: [pairs[i] for i in range(200)], bare)
+    torch.set_num_threads(args.threads)
+    return f"{200 / mine:,.0f}/s", f"{200 / peer:,.0f}/s (bare loop)", ratio
+
+
 def _open(spec, cache, rank, ranks):
     os.environ |= {"XDG_CACHE_HOME": cache, "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     start = time.time()
@@ -421,6 +439,7 @@ ROWS = {
     "observe 800, mutation": ("", None, lambda a: observe_row("mutation", a)),
     "tar loader, 64 px, 1 process": (">= 2", "webdataset", lambda a: tar_row(64, 1, a)),
     "tar loader, 224 px, 2 processes": (">= 2", "webdataset", lambda a: tar_row(224, 2, a)),
+    "tar loader, 224 px, bare loop": (">= 0.8", None, lambda a: bare_row(224, a)),
     "index of new tars, 1 rank": (">= 100,000/s", None, lambda a: index_row(1, a)),
     "index of new tars, 4 ranks": (">= 100,000/s", None, lambda a: index_row(4, a)),
     "boundary at 10 M, full epoch": ("< 1.2 s, 900 MB", None, lambda a: boundary_row(10**7, True, a)),
