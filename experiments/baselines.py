@@ -158,9 +158,7 @@ class InfoBatch(Baseline):
         below = self.score < self.score.nanmean()
         if self.epoch >= end or not below.any():
             return torch.ones(self.num_samples)
-        budget = (
-            sum(size // batch for size in self.sizes) - self.spent // batch
-        )  # in batches, as what follows
+        budget = sum(size // batch for size in self.sizes) - self.spent // batch  # in batches
         full = self.num_samples // batch
         now = (budget - (len(self.sizes) - end) * full) // (end - self.epoch)
         n = min(max(self.num_samples - now * batch, 0), int(0.9 * below.sum()))
@@ -330,9 +328,8 @@ def main():
     parser.add_argument("--scan-run", type=Path, required=True, help="a finished run of SCAN: the budget")
     parser.add_argument("--full-run", type=Path, help="a finished full-data run: semdedup's embeddings")
     parser.add_argument("--proxy-run", type=Path, help="a short full-data run: dpruning's gradients")
-    parser.add_argument(
-        "--coreset-runs", type=Path, nargs="+", help="finished runs of SCAN: coreset's counts"
-    )
+    about = "finished runs of SCAN: coreset's counts"
+    parser.add_argument("--coreset-runs", type=Path, nargs="+", help=about)
     args, rest = parser.parse_known_args()
     needed = STATIC.get(args.method)
     if needed and getattr(args, needed) is None:

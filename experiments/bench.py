@@ -273,15 +273,9 @@ def one_thread(_):
 
 def our_loader(dataset, batches, workers):
     """As train.py builds it."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=data.collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=GPU,
-        worker_init_fn=train.start_worker,
-    )
+    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=GPU)
+    options |= dict(collate_fn=data.collate, worker_init_fn=train.start_worker)
+    return DataLoader(dataset, batch_sampler=batches, **options)
 
 
 def webdataset_loader(paths, size, workers):
@@ -345,10 +339,8 @@ def index_row(ranks, args):
         with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(ranks, mp_context=context) as pool:
             list(pool.map(time.sleep, [1] * ranks))  # all have started
             tasks = [(f"{folder}/*.tar", cache, rank, ranks) for rank in range(ranks)]
-            opened = list(pool.map(_open, *zip(*tasks)))
-        start = min(start for start, _, _ in opened)
-        end = max(end for _, end, _ in opened)
-        rates.append(opened[0][2] / (end - start))
+            starts, ends, samples = np.array(list(pool.map(_open, *zip(*tasks)))).T
+        rates.append(samples[0] / (ends.max() - starts.min()))
     return f"{statistics.median(rates):,.0f}/s", "", NAN
 
 

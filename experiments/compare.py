@@ -7,9 +7,8 @@
     python experiments/compare.py --arch moco_vit_tiny --prune 0.35       # kNN; then see probe.py
 
 Use one --out per comparison. A method is full, scan, or a name from baselines.py or variants.py; flags behind
-a colon are for this method alone, all other flags go to train.py for every method. Each run is one process
-with one thread (and train.py's loading processes; --workers 0: none), has its own folder, and becomes one
-line of results.jsonl. The same command continues where it stopped.
+a colon are for this method alone, all others go to train.py for every method. Each run is one process with
+one thread (besides train.py's --workers) and one line of results.jsonl. The same command continues.
 
 A baseline spends what SCAN with the same flags and seed spent, so SCAN is run for it too. SemDeDup also needs
 the full-data run, D-Pruning a short run, and a coreset the SCAN runs of all seeds; their samples and seconds

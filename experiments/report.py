@@ -36,7 +36,6 @@ from data import UserError
 INK, QUIET, RED, BLUE = "#1d2733", "#6b7a8a", "#c8452f", "#2f6db5"
 STAGES = {"warm-up": "#e6e8eb", "preparation": "#cfe3f5", "mutation": "#ffffff"}
 LINES = (BLUE, RED, "#3a9a5b", "#8a56b0", "#d08a1d", "#2aa1a8", "#a0522d", "#444444", "#c05a93")
-SECONDS = 60  # the time saved in a shorter run is noise
 matplotlib.use("agg")
 plt.rcParams.update({
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": QUIET,
@@ -80,13 +79,9 @@ def comparable(run, other):
 
 
 def saved(run):
-    """Share of samples and share of seconds saved, against all data for as many epochs."""
+    """Share of the samples saved, against all data for as many epochs."""
     epochs, batch = run["epochs"], run["args"]["batch_size"]
-    full = len(epochs) * (epochs[0]["total"] // batch * batch)
-    seconds = sum(r["seconds"] for r in epochs)
-    paces = [r["seconds"] / r["samples"] for r in epochs if r["kept"] == r["total"]]
-    pace = statistics.median(paces) if paces else math.nan
-    return 1 - epochs[-1]["samples_seen"] / full, 1 - seconds / (pace * full)
+    return 1 - epochs[-1]["samples_seen"] / (len(epochs) * (epochs[0]["total"] // batch * batch))
 
 
 def plural(number, noun):
@@ -253,10 +248,7 @@ TITLES = {
 
 
 def tiles(run, scan):
-    samples, seconds = saved(run)
-    shown = [(f"{samples:.1%}", "of the samples left out")]
-    if sum(r["seconds"] for r in run["epochs"]) >= SECONDS and not math.isnan(seconds):
-        shown += [(f"{seconds:.1%}", "of the training time saved")]
+    shown = [(f"{saved(run):.1%}", "of the samples left out")]
     if run["evals"]:
         epoch, score = run["evals"][-1]
         shown += [(f"{score:.1%}", run["measure"] + ("" if run["finished"] else f" after epoch {epoch}"))]
@@ -280,7 +272,7 @@ def table(runs):
     for run in runs:
         epochs = run["epochs"]
         cells = [html.escape(run["name"]), length(run), f"{epochs[-1]['samples_seen']:,}"]
-        cells += [f"{saved(run)[0]:.1%}", f"{sum(r['seconds'] for r in epochs):,.0f}"]
+        cells += [f"{saved(run):.1%}", f"{sum(r['seconds'] for r in epochs):,.0f}"]
         cells += [f"{run['evals'][-1][1]:.1%} {run['measure']}" if run["evals"] else "–"]
         lines += ["<tr>" + "".join(f"<td>{cell}" for cell in cells) + "</tr>"]
     return f"<table>{''.join(lines)}</table>"
