@@ -1,6 +1,5 @@
 """Tests of SCAN: `pytest -q` (all), `pytest -q -m "not slow"` (those that start no processes)."""
 
-import contextlib
 import copy
 import gzip
 import io
