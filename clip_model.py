@@ -360,7 +360,7 @@ class BPE:
             end = special.end() if special else at + 1
             while not special and kind in "LO" and end < len(text) and self._kind(text[end]) == kind:
                 end += 1
-            if special or kind != " ":
+            if kind != " ":
                 yield text[at:end]
             at = end
 
