@@ -192,6 +192,10 @@ class Source:
     def __len__(self):
         return len(self.images)
 
+    def __str__(self):
+        left_out = ", ".join(f"{n:,} {kind}" for kind, n in Counter(self.skipped).most_common(8))
+        return f"{len(self):,} samples" + (f"; left out: {left_out}" if left_out else "")
+
     def caption(self, i):
         return self.templates[0].replace("{}", self.classes[self.labels[i]])
 

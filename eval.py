@@ -725,6 +725,8 @@ def open_source(args, model, spec, train=False, captions=False):
     source = data.open_source(spec, train=train, size=model.image_size, **keys)
     if not captions and source.labels is None:
         raise UserError(f"{spec}: has no classes; use class folders, or name its --label-key")
+    if is_first_rank():
+        print(f"{spec}: {source}")
     return source
 
 
@@ -771,7 +773,7 @@ def main(argv=None):
         if is_first_rank():
             print(json.dumps(result))
     except UserError as error:
-        fail("eval.py", str(error).strip().splitlines()[-1])
+        fail("eval.py", str(error).strip().splitlines()[-1].split("UserError: ")[-1])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -841,7 +843,9 @@ def shown(steps, name):
 
 
 def one_line_warnings(program):
-    """From here on print warnings as errors are printed: one line on stderr, on rank 0."""
+    """From here on print warnings as errors are printed, one line on rank 0, and any path."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may not be UTF-8
 
     def show(message, *_, **__):
         if is_first_rank():

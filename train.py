@@ -528,6 +528,8 @@ class Run:
 
     def receive(self, number, _):
         """Handle Ctrl-C (SIGINT) and SIGTERM: the first asks to stop, a second one ends the process."""
+        if multiprocessing.parent_process() is not None:
+            return  # a loading process
         if not self.signal:
             self.signal, self.signal_time = number, time.monotonic()
             if self.rank == 0:
@@ -589,7 +591,7 @@ def settings(args, data, tokenizer):
 def header(run):
     """Describe the run, in the lines before the first epoch."""
     args, batch, kept, world = run.args, run.args.batch_size, run.scan.num_kept, run.world
-    lines = [f"data      {contents(args.data, run.dataset.source)}; hash {run.identity['hash']}"]
+    lines = [f"data      {args.data}: {run.dataset.source}; hash {run.identity['hash']}"]
     if args.keep:
         lines += [f"          {kept:,} of them are in {args.keep}"]
     if kept % batch > 0.1 * kept:
@@ -597,7 +599,7 @@ def header(run):
     if run.tokenizer is not None:
         toy = "" if args.vocab else ": for trying out; for real captions, and for open_clip, give --vocab"
         lines += [f"text      {run.tokenizer.name}{toy}"]
-    checking = "nothing: no --val-data" if run.val is None else contents(args.val_data, run.val)
+    checking = "nothing: no --val-data" if run.val is None else f"{args.val_data}: {run.val}"
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     running = f"{world} rank(s) on {run.device.type}, {args.precision}, compile {args.compile}"
     red, ill = int(args.rho_red * batch), int(args.rho_ill * batch)
@@ -614,12 +616,6 @@ rate      {args.lr:g}, {args.warmup:g} of {args.epochs} epochs warm-up; weight d
 pruning   {marked} marked per batch:
           after the warm-up {(red + ill) / 2 / batch:.1%} left out per round of 1 + {args.t_cos} epochs
 writing   {run.out}/log.jsonl, last.pt"""
-
-
-def contents(spec, source):
-    """Describe a source: its samples, and the files that it leaves out."""
-    skipped = ", ".join(f"{n:,} {kind}" for kind, n in Counter(source.skipped).most_common(8))
-    return f"{spec}: {len(source):,} samples" + (f"; left out: {skipped}" if skipped else "")
 
 
 def table(records, args):

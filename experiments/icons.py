@@ -181,7 +181,7 @@ def look(run, out):
     """Compare what a finished run marked with what the JSON says; draw the icons marked most often."""
     checkpoint = evaluation.load_checkpoint(run)
     scan, icons = checkpoint["scan"], data.open_source(checkpoint["args"]["data"])
-    metas = [icons.meta(i) for i in range(len(icons))]
+    metas = [json.loads(icons._read(i, "json")) for i in range(len(icons))]
     copies = Counter((meta["set"], meta["concept"]) for meta in metas)
     truths = {
         "logos": np.array([meta["logo"] for meta in metas]),
