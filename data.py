@@ -16,10 +16,9 @@ A source is a subclass of `Source` with
     where(id)                file or row of a sample, for messages
     fingerprint()            hash of the data, which a resumed run compares
 
-and optionally `truth` (planted faults: name -> mask (N,)), `classes` (names) and `labels` (N,), and `skipped`
-(what is left out of the user's data: kind -> number). A sample whose `image` or `caption` raises an exception
-is replaced by another. `Pairs` reads images and tokens from a source (CLIP), `Views` two crops of each image
-(MoCo). Only the sampler prunes: pruned samples are never read. Needs torch, torchvision, numpy and Pillow.
+and optionally `truth` (planted faults: name -> mask (N,)), `classes` (names), `labels` (N,) and `skipped` (what
+is left out: kind -> number). A sample whose `image` or `caption` raises an exception is replaced by another.
+`Pairs` reads images and tokens from a source (CLIP), `Views` two crops of each image (MoCo).
 """
 
 import contextlib
@@ -311,9 +310,7 @@ class Shards(Source):
         self.parts = [part if (part[:, 1] >= 0).any() else None for part in parts]
         if self.parts[0] is None or (captions and self.parts[1] is None and self.parts[2] is None):
             what = "an image and a caption" if captions else "an image"
-            raise UserError(
-                f"{paths[0]}: no sample with {what}; left out: {dict(self.skipped.most_common(8))}"
-            )
+            raise UserError(f"{paths[0]}: no sample with {what}; {self}")
 
     def __len__(self):
         return int(self.first[-1])

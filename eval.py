@@ -162,9 +162,7 @@ def _tokenizer(path, trained_with, vocab):
     tokenizer = tokenizer_for(vocab)
     if trained_with not in (None, tokenizer.name):
         hint = "give its --vocab" if trained_with.startswith("bpe") else "leave --vocab out"
-        raise UserError(
-            f"{path}: trained with the tokenizer {trained_with!r}, not {tokenizer.name!r}: {hint}"
-        )
+        raise UserError(f"{path}: trained with tokenizer {trained_with!r}, not {tokenizer.name!r}: {hint}")
     return tokenizer
 
 
@@ -641,9 +639,7 @@ def commands():
         "--download": dict(action="store_true", help="fetch CIFAR if it is missing"),
         "--workers": dict(type=count, default=loading_processes(), help="loading processes per rank"),
         "--device": dict(choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda or cpu"),
-        "--batch-size": dict(
-            type=natural, help=f"per rank: 256; in training, global: {default['batch_size']}"
-        ),
+        "--batch-size": dict(type=natural, help=f"256 per rank; training, global: {default['batch_size']}"),
         "--epochs": dict(type=natural, help=f"default: {default['epochs']}"),
         "--lr": dict(type=finite, help=f"peak; default: {default['lr']}; deit, sgd: times batch / 1024"),
         "--wd": dict(type=finite, help=f"weight decay; default: {default['wd']}"),
@@ -724,7 +720,7 @@ def open_source(args, model, spec, train=False, captions=False):
     keys |= dict(captions=captions, download=args.download, templates=args.templates)
     source = data.open_source(spec, train=train, size=model.image_size, **keys)
     if not captions and source.labels is None:
-        raise UserError(f"{spec}: has no classes; use class folders, or name its --label-key")
+        raise UserError(f"{spec}: no classes, or only one; use class folders, or name its --label-key")
     if is_first_rank():
         print(f"{spec}: {source}")
     return source
@@ -844,8 +840,9 @@ def shown(steps, name):
 
 def one_line_warnings(program):
     """From here on print warnings as errors are printed, one line on rank 0, and any path."""
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths may not be UTF-8
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths may not be UTF-8
 
     def show(message, *_, **__):
         if is_first_rank():

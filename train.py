@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -684,8 +683,7 @@ def say(text, live=False):
     if int(os.environ.get("RANK") or 0):
         return
     try:
-        encoding, terminal = sys.stdout.encoding, sys.stdout.isatty()
-        text = text.encode(encoding, "backslashreplace").decode(encoding)  # paths may not be UTF-8
+        terminal = sys.stdout.isatty()
         if live and terminal:
             text = text[: shutil.get_terminal_size().columns - 1]
         erase = "\r\x1b[K" if terminal else ""
@@ -770,8 +768,6 @@ def end_loading():
 
 
 def main(argv=None, make_scan=Scan):
-    if sys.stdout is None:  # closed
-        sys.stdout = open(os.devnull, "w")
     evaluation.one_line_warnings("train.py")
     args = parse_args(argv)
     try:

@@ -72,7 +72,7 @@ def test_shards_are_built_once_and_read_by_data(package, tmp_path, monkeypatch, 
     assert (tmp_path / "train-00000.tar").stat().st_mtime_ns == first
     assert "train-*.tar: 60 icons, 0 cannot be drawn" in capsys.readouterr().out
     shards = data.open_source(str(tmp_path / "train-*.tar"))
-    assert len(shards) == 60 and shards.caption(0) == shards.meta(0)["caption"]
+    assert len(shards) == 60 and shards.caption(0) == json.loads(shards._read(0, "json"))["caption"]
     pixels = np.asarray(shards.image(0))
     assert pixels.shape == (8, 8, 3) and (pixels[0] == 255).all() and pixels[4, 4].max() < 50
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
@@ -85,7 +85,7 @@ def test_shards_are_built_once_and_read_by_data(package, tmp_path, monkeypatch, 
     run = tmp_path / "last.pt"
     torch.save({"scan": scan.state_dict(), "args": {"data": str(tmp_path / "train-*.tar")}}, run)
     icons.look(run, tmp_path / "look.png")
-    logo = np.array([shards.meta(i)["set"] == "two-brands" for i in range(60)])
+    logo = np.array([json.loads(shards._read(i, "json"))["set"] == "two-brands" for i in range(60)])
     rows = [
         line.split(" | ")[:2]
         for line in capsys.readouterr().out.splitlines()
