@@ -16,7 +16,7 @@ A source is a subclass of `Source` with
     where(id)                file or row of a sample, for messages
     fingerprint()            hash of the data, which a resumed run compares
 
-and optionally `truth` (planted faults: name -> mask (N,)), `classes` (names), `labels` (N,) and `skipped` (what
+and optionally `truth` (planted faults: name -> mask (N,)), `classes` (names), `labels` (N,), `skipped` (what
 is left out: kind -> number). A sample whose `image` or `caption` raises an exception is replaced by another.
 `Pairs` reads images and tokens from a source (CLIP), `Views` two crops of each image (MoCo).
 """
