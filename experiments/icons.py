@@ -5,6 +5,7 @@
     python train.py --arch vit_tiny --data 'icons/train-*.tar' --val-data 'icons/zeroshot-*.tar' \\
         --label-key concept --templates '{}' --prune 0.3 --out runs/icons
     python experiments/icons.py look runs/icons --out look.png            # what the run marked
+    python experiments/icons.py pair runs/full runs/icons                 # scores, picture by picture
 
 No fault is planted: many icons come in several sizes and weights (redundant), and the names of brands explain
 no picture (ill-matched). Three kinds of shards:
@@ -32,6 +33,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -216,6 +218,24 @@ def look(run, out):
     print(f"{out}: two rows redundant, two rows ill-matched; from {licences}")
 
 
+def pair(runs):
+    """Compare the zero-shot accuracy of two runs picture by picture; ±: 95 % interval over the pictures."""
+    hits = []
+    for run in runs:
+        flags, (model, words) = evaluation.load_checkpoint(run)["args"], evaluation.load_model(run)
+        options = dict(captions=False, label_key=flags["label_key"], templates=flags["templates"])
+        val, cpu = data.open_source(flags["val_data"], train=False, **options), torch.device("cpu")
+        names, _ = evaluation.zeroshot_classes(val)
+        classifier = evaluation.zeroshot_classifier(model, words, val, names, cpu)
+        images = torch.nn.functional.normalize(evaluation.image_features(model, val, cpu), dim=-1)
+        first = (images @ classifier.T).topk(5).indices == torch.as_tensor(val.labels)[:, None]  # (N, 5)
+        hits.append({"top-1": first[:, 0].double(), "top-5": first.any(1).double()})
+    for name in hits[0]:
+        one, other = hits[0][name], hits[1][name]
+        gap, half = (other - one).mean(), 1.96 * (other - one).std() / len(one) ** 0.5
+        print(f"{name}: {one.mean():.2%} and {other.mean():.2%}, difference {gap:+.2%} ± {half:.2%}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -232,11 +252,14 @@ def main():
     add = commands.add_parser("look", help="what a run marked, against what the names say").add_argument
     add("run", help="folder of a finished run")
     add("--out", default="look.png", help="picture of the icons marked most often")
+    commands.add_parser("pair", help="two runs, picture by picture").add_argument("runs", nargs=2)
     args = parser.parse_args()
     if args.command == "build":
         build(args)
-    else:
+    elif args.command == "look":
         look(args.run, args.out)
+    else:
+        pair(args.runs)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import icons
 
 import data
+import eval as evaluation
 from scan import Scan
 
 SQUARE = '<path fill="currentColor" d="M2 2h12v12H2z"/>'
@@ -94,3 +95,20 @@ def test_shards_are_built_once_and_read_by_data(package, tmp_path, monkeypatch, 
     expected = [logo.mean(), logo[:10].mean(), logo[10:30].mean()]
     assert [row[1] for row in rows] == [f"{share:.1%}" for share in expected]
     assert (tmp_path / "look.png").exists()
+
+
+def test_pairs_of_runs_are_compared_picture_by_picture(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda run: {"args": FLAGS})
+    monkeypatch.setattr(evaluation, "load_model", lambda run: (run, None))
+    monkeypatch.setattr(evaluation, "zeroshot_classifier", lambda *_: torch.eye(64))
+    labels = torch.arange(100) % 64  # of data.Shapes
+    right, tenth_wrong = labels, labels.where(torch.arange(100) >= 10, (labels + 1) % 64)
+    features = {"a": right, "b": tenth_wrong}
+    one_hot = torch.nn.functional.one_hot
+    monkeypatch.setattr(evaluation, "image_features", lambda run, *_: one_hot(features[run], 64).float())
+    icons.pair(["b", "a"])
+    half = 1.96 * (0.1 * 0.9 * 100 / 99) ** 0.5 / 10
+    assert f"top-1: 90.00% and 100.00%, difference +10.00% ± {half:.2%}" in capsys.readouterr().out
+
+
+FLAGS = {"label_key": None, "templates": None, "val_data": "shapes:100"}
