@@ -1,5 +1,6 @@
 """Tests of SCAN: `pytest -q` (all), `pytest -q -m "not slow"` (those that start no processes)."""
 
+import contextlib
 import copy
 import gzip
 import io
@@ -29,7 +30,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image, ImageOps, features
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
@@ -48,6 +48,7 @@ from scan import Scan, ScanSampler, WithIds, coreset, info_nce, prune_ratio, sel
 
 HERE = Path(__file__).parent
 FLOAT32 = torch.autocast("cpu", enabled=False)
+META = torch.device("meta")
 slow = pytest.mark.slow
 torch.set_num_threads(1)  # models that take milliseconds: more threads would only wait for each other
 
@@ -686,6 +687,8 @@ def test_ties_in_counts_do_not_inflate_the_overlap(seeds):
 def test_clips_are_those_of_open_clip(arch, parameters, heads, key):
     with torch.device("meta"):
         model = clip_model.create(arch)
+        image, text, _ = model(torch.zeros(2, 3, 224, 224), torch.zeros(2, 5, dtype=torch.int64))
+    assert image.shape == text.shape == (2, clip_model.ARCHS[arch]["embed_dim"])
     assert parameters in (None, sum(p.numel() for p in model.parameters()))
     assert model.transformer.resblocks[0].attn.heads == heads
     assert {key, "token_embedding.weight", "text_projection", "logit_scale"} <= set(model.state_dict())
@@ -693,8 +696,11 @@ def test_clips_are_those_of_open_clip(arch, parameters, heads, key):
     if arch == "swin_b":
         rates = [x.p for x in model.visual.modules() if type(x).__name__ == "StochasticDepth"]
         assert rates == pytest.approx([0.1 * k / 23 for k in range(24)])
-    model = clip_model.create("vit_tiny" if arch.startswith("vit") else arch, 64, 50).eval()
-    image, text, scale = model(torch.randn(2, 3, 64, 64), torch.tensor([[48, 5, 49], [48, 49, 0]]))
+
+
+def test_a_clip_gives_unit_vectors_and_ignores_padding():
+    model = clip_model.create("vit_tiny", 16, 50)
+    image, text, scale = model(torch.randn(2, 3, 16, 16), torch.tensor([[48, 5, 49], [48, 49, 0]]))
     torch.testing.assert_close(torch.cat([image, text]).norm(dim=1), torch.ones(4))
     unpadded = F.normalize(model.encode_text(torch.tensor([[48, 49]])), dim=-1)
     torch.testing.assert_close(text[1:], unpadded)
@@ -723,10 +729,8 @@ def test_initial_weights_are_open_clips_and_moco_v3s(monkeypatch):
     found = dict(clip_model.create("vit_b32", 64, 1000).named_parameters()) | dict(base.named_parameters())
     image, text = "visual.transformer.resblocks.0.", "transformer.resblocks.1."
     for name, std in {
-        image + "attn.in_proj_weight": 0.0255, image + "attn.out_proj.weight": 0.0208,
-        image + "mlp.c_fc.weight": 0.0208, image + "mlp.c_proj.weight": 0.0104,
-        image + "attn.out_proj.bias": 0, text + "attn.out_proj.bias": 0, "cls_token": 1e-6,
-        "visual.conv1.weight": 0.0104, "visual.positional_embedding": 0.0361, "visual.proj": 0.0361,
+        image + "attn.in_proj_weight": 0.0255, image + "mlp.c_proj.weight": 0.0104, "cls_token": 1e-6,
+        image + "attn.out_proj.bias": 0, "visual.positional_embedding": 0.0361, "visual.proj": 0.0361,
         text + "attn.in_proj_weight": 0.0442, text + "attn.out_proj.weight": 0.0221,
         text + "mlp.c_fc.weight": 0.03125, text + "mlp.c_proj.weight": 0.0221, "text_projection": 0.0442,
         "token_embedding.weight": 0.02, "positional_embedding": 0.01,
@@ -761,53 +765,43 @@ def test_tokens_of_hashed_words_and_of_a_small_bpe_vocabulary(tmp_path):
         clip_model.BPE(path)
 
 
-class PretendGPU(TorchDispatchMode):
-    """Tensors sent to "cuda" become fake ones there; what would make the host wait for the GPU is noted."""
+class Waits(TorchDispatchMode):
+    """Note what would make the host wait for a GPU, of which torch's "meta" device takes the place."""
 
     def __init__(self):
         super().__init__()
-        self.fake, self.waits = FakeTensorMode(allow_non_fake_inputs=True), []
+        self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function._schema.name.removeprefix("aten::"), kwargs or {}
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
-        before = {x.device.type for x in tensors}
-        after = before | {torch.device(kwargs["device"]).type} if kwargs.get("device") else before
-        masks = [x for x in tensors[1:] if x.dtype in (torch.bool, torch.uint8)]
-        waiting = not kwargs.get("non_blocking") and args[-1] is not True
-        sizes_unknown = name in ("nonzero", "masked_select") or (name.startswith("index") and masks)
-        if name in ("_to_copy", "copy_") and len(after) > 1 and waiting:
-            self.waits.append("a blocking copy")
-        if "cuda" in before and (sizes_unknown or name == "_local_scalar_dense"):
-            self.waits.append(name)
-        if "cuda" in after:
-            return function(*args, **kwargs)
-        if name in ("_pin_memory", "is_pinned"):
-            return args[0] if name == "_pin_memory" else False
-        kwargs.pop("pin_memory", None)
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
+        name, kwargs = function._schema.name, kwargs or {}
+        tensors = [x for x in tree_flatten(args)[0] if torch.is_tensor(x)]
+        devices = {x.device for x in tensors} | {kwargs.get("device")} - {None}
+        copies = name in ("aten::_to_copy", "aten::copy_") and len(devices) > 1
+        masks = name.startswith("aten::index") and any(x.dtype == torch.bool for x in tensors[1:])
+        if masks or (copies and not kwargs.get("non_blocking") and args[-1] is not True):
+            self.found.append(name)
+        return function(*args, **kwargs)  # what needs a value of the meta device raises
 
 
 @pytest.mark.parametrize("create, arch", [(clip_model.create, "vit_tiny"), (moco.create, "moco_vit_tiny")])
-def test_a_step_never_makes_the_host_wait_for_the_gpu(create, arch):
-    """In a preparation epoch, on a pretended GPU. (No backward pass: autograd's engine needs a real one.)"""
-    mode, gpu, scan = PretendGPU(), torch.device("cuda", 0), Scan(100)
-    with mode.fake, mode:
-        batch = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.tensor([[48, 5, 49]] * 8)
-        if create == moco.create:
-            crops = torch.zeros(8, 2, 3, 32, 32, dtype=torch.uint8)
-            batch = crops, torch.stack([moco.draw_views() for _ in range(8)])
-        model = create(arch, 32).to(gpu)
-        scan.first_preparation = 0
-        scan.begin_epoch(0)
-        assert "a blocking copy" in mode.waits  # of the model's own: they are noticed
-        mode.waits.clear()
-        for _ in range(2):
-            a, b, loss = model.losses(*model(*model.inputs(batch, gpu)))
-            scan.observe(torch.arange(8), a, b)
-        assert scan.stage == "preparation" and loss.device == scan.redundant.device == gpu
-        assert not mode.waits
+def test_a_step_never_makes_the_host_wait_for_the_gpu(create, arch, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no such device
+    scan, model = Scan(100), create(arch, 16)
+    batch = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.tensor([[48, 5, 49]] * 8)
+    if create == moco.create:
+        crops = torch.zeros(8, 2, 3, 16, 16, dtype=torch.uint8)
+        batch = crops, torch.stack([moco.draw_views() for _ in range(8)])
+    scan.first_preparation = 0
+    scan.begin_epoch(0)
+    with Waits() as waits:
+        model.to(META)
+        assert waits.found  # the copies of the model's own: they are noticed
+        waits.found.clear()
+        a, b, loss = model.losses(*model(*model.inputs(batch, META)))
+        scan.observe(torch.arange(8), a, b)
+        loss.backward()
+    assert scan.stage == "preparation" and loss.device == scan.redundant.device == META
+    assert not waits.found
 
 
 def moco_step(rank, world):
@@ -844,8 +838,8 @@ def test_moco_is_the_published_method():
     assert len(paper.base_encoder.blocks) == paper.base_encoder.blocks[0].attn.heads == 12
     assert heads[1][-1].weight is None and heads[1][1].weight is not None  # the last is not affine
     model, views = moco.create("moco_vit_tiny", 32), torch.randn(2, 8, 3, 32, 32, generator=generator())
-    encoders = model.base_encoder, model.momentum_encoder
-    assert all(p.equal(k) for p, k in zip(*(e.parameters() for e in encoders)))
+    before = [p.clone() for p in model.base_encoder.parameters()]
+    assert all(p.equal(k) for p, k in zip(before, model.momentum_encoder.parameters()))
     q1, q2, k1, k2 = model(*views)
     torch.testing.assert_close(torch.cat([q1, q2, k1, k2]).norm(dim=1), torch.ones(32))
     assert q1.requires_grad and q2.requires_grad and not (k1.requires_grad or k2.requires_grad)
@@ -855,11 +849,10 @@ def test_moco_is_the_published_method():
     with torch.no_grad():
         for p in model.base_encoder.parameters():
             p += 1
-    before = [p.clone() for p in model.momentum_encoder.parameters()]
     model.update_momentum_encoder(0.9)
-    for old, base, new in zip(before, *(e.parameters() for e in encoders)):
-        torch.testing.assert_close(new, 0.9 * old + 0.1 * base)
-    assert not any(p.requires_grad for p in model.momentum_encoder.parameters())
+    for old, new in zip(before, model.momentum_encoder.parameters()):
+        torch.testing.assert_close(new, old + 0.1)
+        assert not new.requires_grad
     frozen = {n for n, p in model.base_encoder.named_parameters() if not p.requires_grad}
     assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
 
@@ -873,14 +866,10 @@ def test_augmentation_equals_torchvision_sample_by_sample():
     for x, numbers, mine in zip(images / 255, drawn, moco.augment(images, *moco.plan(drawn)) / 255):
         for kind in list(itertools.permutations(range(4)))[int(numbers[moco.ORDER])]:
             x = adjust[kind](x, numbers[kind].item())
-        if numbers[moco.GREY]:
-            x = V.rgb_to_grayscale(x, 3)
-        if numbers[moco.SIGMA]:
-            x = V.gaussian_blur(x, [13, 13], [numbers[moco.SIGMA].item()] * 2)
-        if numbers[moco.SOLARIZE]:
-            x = V.solarize(x, 128 / 255)
-        if numbers[moco.FLIP]:
-            x = V.horizontal_flip(x)
+        x = V.rgb_to_grayscale(x, 3) if numbers[moco.GREY] else x
+        x = V.gaussian_blur(x, [13, 13], [numbers[moco.SIGMA].item()] * 2) if numbers[moco.SIGMA] else x
+        x = V.solarize(x, 128 / 255) if numbers[moco.SOLARIZE] else x
+        x = V.horizontal_flip(x) if numbers[moco.FLIP] else x
         assert ((x - mine).abs() < 2e-3).double().mean() > 0.99  # but where solarizing tips at its threshold
     crops, numbers = images[:24].unflatten(0, (12, 2)), drawn[:24].unflatten(0, (12, 2))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
@@ -892,17 +881,17 @@ def test_augmentation_equals_torchvision_sample_by_sample():
 
 def test_views_follow_the_stated_distributions_and_differ_per_sample():
     torch.manual_seed(0)
-    drawn = torch.stack([moco.draw_views() for _ in range(4000)])
+    drawn = torch.stack([moco.draw_views() for _ in range(1500)])
     for x, blur, solarize in ((drawn[:, 0], 1.0, 0.0), (drawn[:, 1], 0.1, 0.2)):
         jittered, sigma = x[x[:, moco.BRIGHTNESS] != 1], x[x[:, moco.SIGMA] > 0, moco.SIGMA]
         means = x[:, [moco.GREY, moco.FLIP, moco.SOLARIZE]].mean(0)
-        shares = [len(jittered) / 4000, len(sigma) / 4000, *means]
+        shares = [len(jittered) / 1500, len(sigma) / 1500, *means]
         for found, p in zip(shares, (0.8, blur, 0.2, 0.5, solarize)):
-            assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / 4000)
+            assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / 1500)
         for kind, centre, reach in zip(range(4), (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1)):
             assert (jittered[:, kind] - centre).abs().max() <= reach + 1e-6
             assert jittered[:, kind].std() == pytest.approx(reach / math.sqrt(3), rel=0.05)
-        assert 0.1 <= sigma.min() and sigma.max() <= 2 and sigma.mean() == pytest.approx(1.05, rel=0.08)
+        assert 0.1 <= sigma.min() and sigma.max() <= 2 and sigma.mean() == pytest.approx(1.05, rel=0.15)
         assert len(jittered[:, moco.ORDER].unique()) == 24
 
 
