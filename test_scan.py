@@ -22,6 +22,7 @@ import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -919,17 +920,11 @@ def noise(width, height, seed=0):
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def bytes_in(value):
-    """A short name of a test's parameter."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else None
-
-
 @pytest.mark.parametrize("content, size, pixel", [
     (jpeg((200, 30, 30)), (40, 30), (200, 30, 30)),
     (jpeg((200, 30, 30), mode="CMYK"), (40, 30), (200, 30, 30)),
     (jpeg((99, 99, 99), mode="L"), (40, 30), (99, 99, 99)),
     (jpeg((200, 30, 30), form="PNG", mode="P"), (40, 30), (204, 51, 51)),  # of the web palette
-    (jpeg((200, 30, 30), form="BMP", size=(1, 1)), (1, 1), (200, 30, 30)),
     (encoded(Image.fromarray(np.full((4, 4), 30000, np.uint16))), (4, 4), (117, 117, 117)),
     (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), (4, 4), (255, 255, 255)),
     (encoded(Image.fromarray(np.int32([[200_000, 400_000]])), "TIFF"), (2, 1), (127, 127, 127)),
@@ -937,7 +932,7 @@ def bytes_in(value):
     (encoded(Image.new("RGB", (4, 2), (9, 9, 9)), "TIFF", tiffinfo={274: 6}), (2, 4), (9, 9, 9)),
     (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0))), (4, 4), (255, 255, 255)),
     (encoded(Image.new("LA", (4, 4), (0, 128))), (4, 4), (127, 127, 127)),
-], ids=bytes_in)  # fmt: skip
+], ids=itertools.count())  # fmt: skip
 def test_pictures_of_every_kind_become_rgb(content, size, pixel):
     picture = data.decode(content)
     assert picture.mode == "RGB" and picture.size == size
@@ -960,8 +955,8 @@ def test_of_exif_only_the_orientation_matters(others):
         entry = (274, 3, 1, bytes([orientation, 0, 0, 0]))
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(with_exif(entry))))
         assert np.array_equal(data.decode(with_exif(*sorted([entry, *others]))), expected)
-    broken = encoded(noise(40, 20), "JPEG", exif=b"Exif\0\0no TIFF at all")
-    assert data.decode(broken).size == data.decode(with_exif((274, 2, 4, b"top\0"))).size == (40, 20)
+    for broken in (encoded(noise(40, 20), "JPEG", exif=b"Exif\0\0no"), with_exif((274, 2, 4, b"top\0"))):
+        assert data.decode(broken).size == (40, 20)
 
 
 def test_a_jpeg_is_decoded_no_smaller_than_the_draft():
@@ -1013,7 +1008,6 @@ def shard(path, first, n):
     members = []
     for i in range(first, first + n):
         members += [(f"{i:05}.jpg", jpeg((5 * i % 256, 99, 30))), (f"{i:05}.txt", f"caption {i}".encode())]
-        members += [(f"{i:05}.json", json.dumps({"key": i}).encode())]
     return write_tar(path, members)
 
 
@@ -1026,12 +1020,8 @@ def test_shards_are_read_by_position(tmp_path):
         shard(tmp_path / f"{k:05}.tar", 10 * k, 10)
     for spec in ("{00000..00002}.tar", "*.tar", "{00000,00001,00002}.tar"):
         source = data.open_source(str(tmp_path / spec))
-        assert captions_of(source) == [f"caption {i}" for i in range(30)]
-        assert (
-            source.image(17).size == (40, 30)
-            and "00001.tar, 00017.jpg at byte" in source.where(17)
-            and not source.skipped
-        )
+        assert captions_of(source) == [f"caption {i}" for i in range(30)] and not source.skipped
+        assert source.image(17).size == (40, 30) and "00001.tar, 00017.jpg at byte" in source.where(17)
     joined = data.open_source(f"{tmp_path}/00002.tar::{tmp_path}/00000.tar")
     assert pickle.loads(pickle.dumps(joined)).caption(19) == "caption 9"  # as loading processes may get it
     assert joined.fingerprint() != data.open_source(str(tmp_path / "0000[02].tar")).fingerprint()
@@ -1093,11 +1083,8 @@ def test_an_index_follows_its_tar_and_damage_to_it_shows(tmp_path):
 
 @pytest.mark.parametrize("owner, name", [(np, "savez"), (Path, "mkdir"), (Path, "home")])
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, owner, name):
-    def fails(*_, **options):
-        raise RuntimeError("no home directory") if name == "home" else OSError(28, "No space left on device")
-
-    path = shard(tmp_path / "a.tar", 0, 3)
-    monkeypatch.setattr(owner, name, fails)
+    path, fails = shard(tmp_path / "a.tar", 0, 3), RuntimeError if name == "home" else OSError
+    monkeypatch.setattr(owner, name, Mock(side_effect=fails))
     monkeypatch.setenv("XDG_CACHE_HOME", "" if name == "home" else str(tmp_path / "c"))
     assert len(data.open_source(path)) == 3
 
@@ -1175,8 +1162,7 @@ SWALLOWED = "".join(f"{k}.jpg\t{caption}\n" for k, caption in enumerate(["a", '"
     ("a.csv", b'filepath,title\na,b\nc,"d\ne,f\n', "line 3: unexpected end"),
     ("a.csv", b'filepath,title\na,b\nc,"d" e\ne,f\n', "line 3: .*expected after"),
     ("a.tsv", b"filepath\ttitle\n" + SWALLOWED.encode(), "line 3: a field that holds 3"),
-    ("a.csv", b"filepath,title\n" + SWALLOWED.replace("\t", ",").encode(), "line 3: a field that holds 3"),
-], ids=bytes_in)  # fmt: skip
+], ids=itertools.count())  # fmt: skip
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     refuses(tmp_path / name, f"{name}(:|,) {message}")
@@ -1198,11 +1184,8 @@ def test_tables_of_any_delimiter(tmp_path, delimiter):
     refuses(tmp_path / "a.tsv", "no column 'kind' .*--label-key", label_key="kind")
     assert [source.caption(i) for i in range(3)] == ["two\nlines, quoted", 'a 5" disk', "x"]
     assert source.image(1).size == (40, 30) and source.same_images() == ([0, 2], [0, 0, 1, 0])
-    pairs = data.Pairs(source, WORDS, 8)
-    assert (
-        pairs.why(2)
-        == f"{tmp_path}/x.jpg (row 3 below the header of {tmp_path}/a.tsv): No such file or directory"
-    )
+    pairs, row = data.Pairs(source, WORDS, 8), f"(row 3 below the header of {tmp_path}/a.tsv)"
+    assert pairs.why(2) == f"{tmp_path}/x.jpg {row}: No such file or directory"
     assert "(row 4 below" in pairs.why(3) and "'utf-8' codec can't decode byte 0xe9" in pairs.why(3)
     (tmp_path / "b.tsv").write_bytes(content.replace(b"disk", b"Disk"))
     assert data.open_source(str(tmp_path / "b.tsv")).fingerprint() != source.fingerprint()
@@ -1224,9 +1207,7 @@ def test_class_folders_of_every_format(tmp_path):
         plant(tmp_path, f"class {k % 2}/{folder}{k}.{form}", content=encoded(noise(16, 12), form))
     expected = ImageFolder(tmp_path, is_valid_file=lambda path: os.path.basename(path)[0].isdigit())
     plant(tmp_path, "class 0/notes.txt", "class 1/raw.CR2", "class 0/raw.cr2", "labels/a.xml", "loose.jpg")
-    plant(
-        tmp_path, "class 1/.ipynb_checkpoints/1.jpg", ".thumbs/1.jpg", "class 0/._1.jpg", "__MACOSX/._1.jpg"
-    )
+    plant(tmp_path, "class 1/.old/1.jpg", ".thumbs/1.jpg", "class 0/._1.jpg", "__MACOSX/._1.jpg")
     (tmp_path / "class 0" / "again").symlink_to(".")  # would repeat its pictures without end
     (tmp_path / "empty").mkdir()
     source = data.open_source(str(tmp_path))
@@ -1249,16 +1230,13 @@ def test_splits_are_no_classes(tmp_path):
     refuses(tmp_path / "other", "has .'test'., but no train")
 
 
-FOLDERS = [  # files of a folder, and what is said of it
+@pytest.mark.parametrize("names, message", [  # files of a folder, and what is said of it
     (["images/1.jpg", "images/2.jpg", "notes.xml"], "two classes; left out: .'.xml': 1"),  # Tiny-ImageNet
     (["1.jpg", "2.jpg"], "no pictures in two classes"),
     (["00000/0.jpg", "00000/0.txt", "00000/0.json", "00001/1.jpg", "00001/1.txt", "00000_stats.json"],
      "pictures with captions beside them as tars or a .csv"),  # img2dataset's output_format=files
     (["00000.tar", "00001.tar", "00000.parquet"], r"left out: .'.tar': 2, .*/\*.tar'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("names, message", FOLDERS)
+])  # fmt: skip
 def test_folders_without_classes_serve_moco_alone(tmp_path, names, message):
     pictures = [name for name in names if name.endswith(".jpg")]
     refuses(plant(tmp_path, *names), message, captions=bool(pictures))
@@ -1332,7 +1310,7 @@ WORDS = clip_model.HashedWords()
 
 
 class Edges(data.Source):
-    """By data.py's docstring. At the edge in its pictures bicubic resizing overshoots, bilinear does not."""
+    """A source by data.py's docstring. At its edges bicubic resizing overshoots, bilinear does not."""
 
     def __init__(self, n, unreadable=()):
         self.n, self.unreadable = n, unreadable
@@ -1374,13 +1352,9 @@ def test_a_source_written_by_the_docstring_serves_both_datasets():
 
 
 def test_two_views_differ_and_repeat():
-    def crops(**options):
-        return (
-            data.Pairs(data.Shapes(8), WORDS, 32, **options),
-            data.Views(data.Shapes(8), 32, moco.draw_views, **options),
-        )
-
-    for dataset, other in zip(crops(), crops(seed=1)):
+    pairs = [data.Pairs(data.Shapes(8), WORDS, 32, seed=seed) for seed in (0, 1)]
+    views = [data.Views(data.Shapes(8), 32, moco.draw_views, seed=seed) for seed in (0, 1)]
+    for dataset, other in (pairs, views):
         torch.manual_seed(0)
         before, first = torch.get_rng_state(), dataset[3]
         assert torch.get_rng_state().equal(before)
@@ -1389,20 +1363,18 @@ def test_two_views_differ_and_repeat():
         assert not other[3][2].equal(first[2])
         dataset.set_epoch(1)
         assert not dataset[3][2].equal(first[2])
-    _, _, two_crops, numbers = crops()[1][3]
+    _, _, two_crops, numbers = views[1][3]
     assert not two_crops[0].equal(two_crops[1]) and not numbers[0].equal(numbers[1])
-    assert not crops()[1][4][3].equal(numbers) and list(crops()[1].truth) == ["redundant"]
+    assert not views[1][4][3].equal(numbers) and list(views[1].truth) == ["redundant"]
 
 
 def test_any_id_of_a_billion_is_read_at_once():
     pairs = data.Pairs(Edges(10**9, unreadable=range(2)), WORDS, 8)
     assert [pairs[i][:2] for i in (10**9 - 1, 0, 1)] == [(10**9 - 1, -1), (2, 0), (2, 1)]
-    for last in (97, 98):  # of the 100 ids that are tried, around the end
-        pairs = data.Pairs(Edges(10**9, {10**9 - 2, 10**9 - 1, *range(last)}), WORDS, 8)
-        if last == 97:
-            assert pairs[10**9 - 2][:2] == (97, 10**9 - 2)
+    most = {10**9 - 2, 10**9 - 1, *range(97)}  # all but the last of the 100 ids that are tried
+    assert data.Pairs(Edges(10**9, most), WORDS, 8)[10**9 - 2][:2] == (97, 10**9 - 2)
     with pytest.raises(data.UserError, match="100 samples.*8: TypeError: a bug at 999999998") as error:
-        pairs[10**9 - 2]
+        data.Pairs(Edges(10**9, most | {97}), WORDS, 8)[10**9 - 2]
     assert "\n" not in str(error.value) and isinstance(error.value.__cause__, TypeError)
 
 
@@ -1427,7 +1399,6 @@ BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
     (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
     (encoded(noise(64, 64), "JPEG")[:-200], (".txt", b"x"), "truncated"),
-    (png("red")[:-30], (".txt", b"x"), ""),
     (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), (".txt", b"x"), "not finite"),
     (png("red"), (".txt", b" \n\t"), "caption is empty"),
     (png("red"), (".txt", b"caf\xe9 noir"), "'utf-8' codec can't decode byte 0xe9 in position 3"),
@@ -1640,26 +1611,21 @@ class Toy(torch.nn.Module):
         return self.words[tokens].sum(1)
 
 
-class Reds(data.Source):
+class Reds(Edges):
     """N pictures, the i-th of red i + first; labels and captions at random."""
 
     def __init__(self, n, classes=12, first=0):
-        self.n, self.first = n, first
+        super().__init__(n)
+        self.first = first
         self.classes = [f"thing{k}" for k in range(classes)]
         self.labels = torch.randint(classes, (n,), generator=generator(n)).numpy()
         self.labels[self.labels == 1] = 0  # unbalanced
-
-    def __len__(self):
-        return self.n
 
     def image(self, i, draft=None):
         return Image.new("RGB", (4, 4), (i + self.first, 0, 0))
 
     def caption(self, i):
         return f"caption{i} a\nline{i} b"
-
-    def where(self, i):
-        return f"red {i}"
 
 
 def unit(x):
@@ -1774,7 +1740,7 @@ def test_retrieval_equals_a_naive_reference(split):
         result = evaluation.retrieval(model, clip_model.HashedWords(), source, CPU, **options)
         assert_same_shares(result, "retrieval", expected)
     source.caption = lambda i: {}[i]
-    with pytest.raises(data.UserError, match="red 0: no caption"):
+    with pytest.raises(data.UserError, match="the edge 0: no caption"):
         evaluation.retrieval(model, clip_model.HashedWords(), source, CPU)
 
 
