@@ -698,12 +698,6 @@ def test_clips_are_those_of_open_clip(arch, parameters, heads, key):
         assert rates == pytest.approx([0.1 * k / 23 for k in range(24)])
 
 
-def test_padding_changes_no_text():
-    model = clip_model.create("vit_tiny", 16, 50)
-    padded, text = (model.encode_text(torch.tensor([ids])) for ids in ([48, 49, 0], [48, 49]))
-    torch.testing.assert_close(padded, text)
-
-
 def test_a_wrong_arch_family_or_size_is_no_model(monkeypatch):
     monkeypatch.setitem(clip_model.ARCHS, "new", dict(clip_model.ARCHS["swin_b"], family="convnext"))
     with pytest.raises(KeyError, match="convnext"):
@@ -741,7 +735,7 @@ def test_initial_weights_are_open_clips_and_moco_v3s(monkeypatch):
     assert base.pos_embed[0, 3].tolist() == pytest.approx(parts, abs=1e-6)
 
 
-def test_tokens_of_hashed_words_and_of_a_small_bpe_vocabulary(tmp_path):
+def test_tokens_of_hashed_words_and_of_a_small_bpe_vocabulary_and_their_padding(tmp_path):
     words, path = clip_model.HashedWords(), tmp_path / "vocab.gz"
     expected = [1 + zlib.crc32(word) % 49405 for word in (b"red", b"circle", b"!")]
     assert words("Red CIRCLE!").tolist() == [49406, *expected, 49407]
@@ -759,6 +753,9 @@ def test_tokens_of_hashed_words_and_of_a_small_bpe_vocabulary(tmp_path):
     path.write_bytes(b"not gzip")
     with pytest.raises(ValueError, match="vocab"):
         clip_model.BPE(path)
+    model = clip_model.create("vit_tiny", 16, 50)
+    padded, text = (model.encode_text(torch.tensor([ids])) for ids in ([48, 49, 0], [48, 49]))
+    torch.testing.assert_close(padded, text)
 
 
 @pytest.mark.parametrize("create, arch", [(clip_model.create, "vit_tiny"), (moco.create, "moco_vit_tiny")])
@@ -873,8 +870,7 @@ def noise(width, height, seed=0):
     (encoded(Image.fromarray(np.int32([[200_000, 400_000]])), "TIFF"), (2, 1), (127, 127, 127)),
     (encoded(Image.fromarray(np.int32([[30_000, 60_000]])), "TIFF"), (2, 1), (116, 116, 116)),
     (encoded(Image.new("RGB", (4, 2), (9, 9, 9)), "TIFF", tiffinfo={274: 6}), (2, 4), (9, 9, 9)),
-    (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0))), (4, 4), (255, 255, 255)),
-    (encoded(Image.new("LA", (4, 4), (0, 128))), (4, 4), (127, 127, 127)),
+    (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128))), (4, 4), (127, 127, 127)),
 ], ids=itertools.count())  # fmt: skip
 def test_pictures_of_every_kind_become_rgb(content, size, pixel):
     picture = data.decode(content)
@@ -917,8 +913,7 @@ def test_random_crops_are_those_of_torchvision(mode, smallest):
         ours, after = data.RandomCrop(48, smallest, mode)(picture), torch.rand(1)
         torch.manual_seed(seed)
         difference = (v2.functional.pil_to_tensor(expected(picture)).int() - ours.int()).abs()
-        assert torch.rand(1).equal(after)
-        assert ours.shape == (3, 48, 48) and ours.dtype == torch.uint8
+        assert torch.rand(1).equal(after) and ours.shape == (3, 48, 48) and ours.dtype == torch.uint8
         assert difference.max() <= 2 and (difference > 0).double().mean() < 0.1
 
 
@@ -1097,8 +1092,7 @@ SWALLOWED = "".join(f"{k}.jpg\t{caption}\n" for k, caption in enumerate(["a", '"
     ("a.tar", bytes(10240), "no sample"), ("a.tar", GOOD[1024:], "no sample .*left out: .'.txt': 1"),
     ("a.tar", gzip.compress(GOOD), "not a whole tar file, or compressed"), ("a.csv.gz", b"", ".*compressed"),
     ("a.csv", gzip.compress(b"filepath,title\na,b\n"), "is UTF-16 or compressed"),
-    ("a.csv", "filepath,title\na,b\n".encode("utf-16"), "is UTF-16"),
-    ("a.csv", "filepath,title\na,b\n".encode("utf-16-le"), "is UTF-16"),
+    *[("a.csv", "filepath,title\na,b\n".encode(code), "is UTF-16") for code in ("utf-16", "utf-16-le")],
     ("a.csv", b"filepath;caption\na;b\n", "no column 'title' .*'caption'.; name yours with --caption-key"),
     ("a.csv", b"", "no column 'filepath'"), ("a.csv", b"filepath,title\n", "has no samples"),
     ("a.csv", b"filepath,title\na\n", "line 2: 1 fields"),
@@ -1334,16 +1328,14 @@ BOMB[29:33] = zlib.crc32(BOMB[12:29]).to_bytes(4, "big")
 BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (b"words", (".txt", b"x"), "no picture, but 5 bytes: b'words'"),
     (encoded(Image.new("RGB", (8, 8)), "PCX"), (".txt", b"x"), "no picture"),  # of no format we ask for
-    (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
-    (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
+    (bytes(BOMB), (".txt", b"x"), "10000 x 1"), (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
     (encoded(noise(64, 64), "JPEG")[:-200], (".txt", b"x"), "truncated"),
     (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), (".txt", b"x"), "not finite"),
     (png("red"), (".txt", b" \n\t"), "caption is empty"),
     (png("red"), (".txt", b"caf\xe9 noir"), "'utf-8' codec can't decode byte 0xe9 in position 3"),
     (png("red"), (".txt", bytes(9)), "its caption is no text, but "),
     (png("red"), (".json", b'{"caption": "\\ud800"}'), "surrogates not allowed"),
-    (png("red"), (".json", b"{"), "no 'caption' in its .json (Expecting"),
-    (png("red"), (".cls", b"1"), "no .json beside it"),
+    (png("red"), (".json", b"{"), "in its .json (Expecting"), (png("red"), (".cls", b"1"), "no .json beside"),
 ]  # fmt: skip
 
 
@@ -1402,33 +1394,25 @@ def evaluated(capsys, *args):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def eval_refuses(capsys, *args, code=1):
+def eval_refuses(capsys, *args):
     """The one line that eval.py says."""
     with pytest.raises(SystemExit) as exit:
         evaluate(*args)
     said = capsys.readouterr().err
-    assert exit.value.code == code and said.count("\n") == 1
+    assert exit.value.code == 1 and said.count("\n") == 1
     return said
 
 
-def test_weights_of_all_origins_start_a_model(checkpoints, tmp_path):
-    """A run's, open_clip's (a state dict), and timm's (the backbone alone)."""
-    images = torch.randn(2, 3, 16, 16, generator=generator())
-    for run, arch, words in ((checkpoints["clip"], "vit_tiny", "hashed words"),
-                             (checkpoints["moco"], "moco_vit_tiny", None)):  # fmt: skip
-        trained, _ = evaluation.load_model(run, text=False)
-        weights = trained.state_dict()
-        torch.save(weights, tmp_path / "plain.pt")
-        for path, tokenizer in ((run, words), (tmp_path / "plain.pt", None)):
-            again, _ = evaluation.load_model(path, arch, image_size=16, vocab="hashed")
-            assert not again.training and again.features(images).equal(trained.features(images)), path
-            assert all(weight.equal(weights[k]) for k, weight in again.state_dict().items()), path
-            assert evaluation.load_weights(again, path) == tokenizer
-    model = moco.create("moco_vit_tiny", 16)
+def test_weights_of_a_run_and_of_timm_start_a_model(checkpoints, tmp_path):
+    trained, _ = evaluation.load_model(checkpoints["clip"])
+    model = clip_model.create("vit_tiny", 16)
+    assert evaluation.load_weights(model, checkpoints["clip"]) == "hashed words" and not trained.training
+    assert all(weight.equal(trained.state_dict()[k]) for k, weight in model.state_dict().items())
+    trained, model = evaluation.load_model(checkpoints["moco"])[0], moco.create("moco_vit_tiny", 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     backbone = {k: v for k, v in trained.base_encoder.state_dict().items() if not k.startswith("head.")}
     torch.save(backbone | {"head.weight": torch.zeros(3, 96)}, tmp_path / "timm.pt")  # and a classifier
-    evaluation.load_weights(model, tmp_path / "timm.pt")
+    assert evaluation.load_weights(model, tmp_path / "timm.pt") is None
     for name, weight in model.state_dict().items():
         inside = name.removeprefix("base_encoder.").removeprefix("momentum_encoder.")
         assert weight.equal(backbone.get(inside, before[name])), name
@@ -1456,7 +1440,6 @@ def test_wrapped_weights_and_openais_are_unwrapped(tmp_path, monkeypatch):
             evaluation.load_model(archive, **how)
         monkeypatch.chdir(tmp_path)
         exec(str(error.value).partition("of it: ")[2], {"torch": torch})
-    torch.save({"state_dict": torch.load("weights.pt", weights_only=True)}, "weights.pt")
     again, _ = evaluation.load_model("weights.pt", **how)  # with QuickGELU, though no flag says so
     assert again.features(images).equal(model.features(images))
     with pytest.warns(UserWarning, match="trained with QuickGELU by OpenAI; this model has GELU"):
@@ -1472,45 +1455,51 @@ def test_weights_that_do_not_fit_get_one_line(checkpoints, tmp_path):
     (tmp_path / "half.pt").write_bytes((tmp_path / "larger.pt").read_bytes()[:100_000])
     clip, vocab = Path(checkpoints["clip"]), tmp_path / "vocab.gz"
     vocab.write_bytes(gzip.compress(b"#version\na b\n"))
-    models = clip_model.create("vit_tiny", 16), moco.create("moco_vit_tiny", 16)
-    tiny = dict(arch="vit_tiny", text=False)
+    tiny = dict(arch="vit_tiny", image_size=16, text=False)
     for path, how, message in (
-        ("larger.pt", models[0], "size mismatch"), (clip, models[1], "do not fit moco_vit_tiny at 16 px"),
-        ("strange.pt", {}, "--arch"), ("strange.pt", tiny, "do not fit"), ("", {}, "last.pt: No such file"),
+        ("larger.pt", tiny, "size mismatch"), ("larger.pt", tiny | dict(arch="moco_vit_tiny"), "fit moco"),
+        ("strange.pt", {}, "--arch"), ("", {}, "last.pt: No such file"), (clip, dict(vocab="no.gz"), "no.gz"),
         *[(f"{name}.pt", {}, "no checkpoint, or damaged: ") for name in ("list", "text", "half")],
         ("gone.pt", dict(text=False), "unknown arch 'gone'"), (clip, dict(vocab=vocab), "leave --vocab out"),
         ("larger.pt", tiny | dict(image_size=33), "multiple"), ("larger.pt", dict(arch="vit_tiny"), "vocab"),
-        (clip, dict(vocab=tmp_path / "nowhere.gz"), "nowhere.gz"),
     ):  # fmt: skip
         with pytest.raises(data.UserError, match=message) as error:
-            if isinstance(how, dict):
-                evaluation.load_model(tmp_path / path, **how)
-            else:
-                evaluation.load_weights(how, tmp_path / path)
+            evaluation.load_model(tmp_path / path, **how)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 # ---------------------------------------------------------------- eval.py: features and classes
 
 
-def test_evaluation_crops_are_those_of_the_protocols():
+def test_crops_and_augmentations_are_those_of_the_protocols():
     """CLIP: resize to the size. MoCo, DeiT: to size / 0.875, bicubic; MoCo v3's linear protocol: bilinear."""
     rng, seen, source = np.random.default_rng(0), [], Reds(1)
     picture = Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1))
     source.image = lambda i, draft=None: picture
     features = lambda images: seen.append(images) or images.flatten(1)  # noqa: E731
     bicubic, bilinear = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.BILINEAR
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    openai = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    imagenet, openai = (MOCO_MEAN, MOCO_STD), (CLIP_MEAN, CLIP_STD)
     for model, resize, edge, how, normal in (
         (clip_model.create("vit_tiny", 224), None, 224, bicubic, openai),
         (moco.create("moco_vit_tiny", 224), None, 256, bicubic, imagenet),
         (moco.create("moco_vit_tiny", 224), evaluation.LINCLS_RESIZE, 256, bilinear, imagenet),
     ):
         evaluation.image_features(model, source, CPU, encode=features, resize=resize)
-        classic = [transforms.Resize(edge, how), transforms.CenterCrop(224), transforms.ToTensor()]
-        expected = transforms.Compose([*classic, transforms.Normalize(*normal)])(picture)
+        steps = [transforms.Resize(edge, how), transforms.CenterCrop(224), transforms.ToTensor()]
+        expected = transforms.Compose([*steps, transforms.Normalize(*normal)])(picture)
         torch.testing.assert_close(seen.pop()[0], expected, rtol=0, atol=1e-6)
+    classic = {  # as main_lincls.py of MoCo v3, and open_clip, have them
+        "sgd": [transforms.RandomResizedCrop(64), transforms.RandomHorizontalFlip()],
+        "wise-ft": [transforms.RandomResizedCrop(64, scale=(0.9, 1.0), interpolation=bicubic)],
+    }
+    for protocol, seed in itertools.product(classic, range(6)):
+        torch.manual_seed(seed)
+        expected = transforms.Compose([*classic[protocol], transforms.PILToTensor()])(picture)
+        torch.manual_seed(seed)
+        assert evaluation.augmentation(protocol, 64)(picture).equal(expected), (protocol, seed)
+    crop, flip, augment, _, erase = evaluation.augmentation("deit", 64).transforms
+    assert (crop.size, crop.scale, crop.interpolation) == ((64, 64), (0.08, 1.0), bicubic) and flip.p == 0.5
+    assert (augment.num_ops, augment.magnitude, erase.p) == (2, 9, 0.25)
 
 
 class Toy(torch.nn.Module):
@@ -1589,9 +1578,8 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path):
 
 def test_class_folders_of_imagenet_v2_and_r():
     """Zero-shot finds the names itself; numbers are positions, and some of the wnids compete alone."""
-    source, prompts, words = Reds(4), [], clip_model.HashedWords()
+    source, tokenizer = Reds(4), Mock(side_effect=clip_model.HashedWords())
     source.labels = np.array([0, 1, 1, 0])
-    tokenizer = lambda text: prompts.append(text) or words(text)  # noqa: E731
     imagenet = [f"n{k:08}" for k in range(1000)]
     for classes, folders, expected, ranked in (
         (["10", "2"], [str(k) for k in range(11)], [10, 2, 2, 10], None),  # ImageFolder sorts "10" before "2"
@@ -1601,8 +1589,7 @@ def test_class_folders_of_imagenet_v2_and_r():
         labels, compete = evaluation.class_labels(source, folders)
         assert labels.tolist() == expected and (compete.tolist() if ranked else compete) == ranked
     scores, labels = torch.tensor([[9.0, 1, 0], [9.0, 0, 1]]), torch.tensor([1, 2])
-    assert evaluation.accuracy(scores, labels, labels)["top1"] == 1
-    assert evaluation.accuracy(scores, labels)["top1"] == 0
+    assert [evaluation.accuracy(scores, labels, x)["top1"] for x in (labels, None)] == [1, 0]
     for classes, given, first in (
         (imagenet, {}, "a photo of a tench."), (imagenet[7:9], {"wnids": imagenet}, "a photo of a tench."),
         (imagenet[7:9], {"classnames": ["cock", "hen"]}, "a photo of a cock."),
@@ -1610,8 +1597,8 @@ def test_class_folders_of_imagenet_v2_and_r():
     ):  # fmt: skip
         source.classes = classes
         assert evaluation.zeroshot(Toy(), tokenizer, source, CPU, **given)["n"] == 4
-        assert prompts[0] == first, prompts[:3]
-        prompts.clear()
+        assert tokenizer.call_args_list[0].args[0] == first
+        tokenizer.reset_mock()
     for classes, message in (
         (imagenet[:100], "100 wnids"), (["0", "1"], "classes are numbers"), (["a"], "'a' is the only class"),
     ):  # fmt: skip
@@ -1631,17 +1618,14 @@ def test_zero_shot_equals_a_naive_reference():
         classes.append(unit(np.mean(prompts, 0)))
     cosine = unit(model.rows[:200]) @ np.array(classes).T
     result = evaluation.zeroshot(model, clip_model.HashedWords(), source, CPU, batch_size=7)
-    expected = shares(np.argsort(-cosine, 1), source.labels)
-    assert result == pytest.approx({"protocol": "zero-shot", **expected})
+    assert result == pytest.approx({"protocol": "zero-shot", **shares(np.argsort(-cosine), source.labels)})
 
 
 @pytest.mark.parametrize("split", [False, True])
 def test_retrieval_equals_a_naive_reference(split):
-    class Several(Reds):
-        def same_images(self):  # pictures 0, 3, 6 .. have three captions each
-            return list(range(0, self.n, 3)), [i // 3 for i in range(self.n)]
-
-    model, source = Toy(d=3), Several(90)
+    model, source = Toy(d=3), Reds(90)
+    owner = [i // 3 for i in range(90)]
+    source.same_images = lambda: (list(range(0, 90, 3)), owner)  # each third picture has three captions
     for i in range(0, 90, 2):  # else all is found by chance: these captions are near their pictures
         word = int(clip_model.HashedWords()(f"caption{i}")[1])
         model.words[word] = 20 * F.normalize(model.rows[i // 3 * 3], dim=0)
@@ -1717,23 +1701,6 @@ def test_rates_of_the_protocols():
     assert rate("wise-ft", 19, 10, 10, 1.0) == 1 and rate("wise-ft", 9, 10, 10, 1.0) == 0.5  # a fifth at most
 
 
-def test_augmentations_of_the_protocols():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
-    bicubic = transforms.InterpolationMode.BICUBIC
-    classic = {  # as main_lincls.py of MoCo v3, and open_clip, have them
-        "sgd": [transforms.RandomResizedCrop(64), transforms.RandomHorizontalFlip()],
-        "wise-ft": [transforms.RandomResizedCrop(64, scale=(0.9, 1.0), interpolation=bicubic)],
-    }
-    for protocol, seed in itertools.product(classic, range(6)):
-        torch.manual_seed(seed)
-        expected = transforms.Compose([*classic[protocol], transforms.PILToTensor()])(picture)
-        torch.manual_seed(seed)
-        assert evaluation.augmentation(protocol, 64)(picture).equal(expected), (protocol, seed)
-    crop, flip, augment, _, erase = evaluation.augmentation("deit", 64).transforms
-    assert (crop.size, crop.scale, crop.interpolation) == ((64, 64), (0.08, 1.0), bicubic) and flip.p == 0.5
-    assert (augment.num_ops, augment.magnitude, erase.p) == (2, 9, 0.25)
-
-
 def test_weight_decay_is_for_the_matrices_that_the_recipes_name():
     tuned = evaluation.Classifier(moco.create("moco_vit_tiny", 32), 3, frozen=False)
     optimizer = evaluation.make_optimizer(tuned, "deit", 0.1, 0.05)
@@ -1748,11 +1715,10 @@ def test_weight_decay_is_for_the_matrices_that_the_recipes_name():
 @pytest.mark.parametrize("protocol, clip", [("sgd", False), ("wise-ft", True), ("deit", False)])
 def test_a_step_of_a_classifier_equals_one_by_hand(protocol, clip, monkeypatch):
     """The first of two steps at a batch of all samples, in which the rate is at its peak."""
-    mixes, clipped, pixels = [], [], np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8)
+    mix, clip_grad = Mock(return_value=lambda images, labels: (images, labels)), Mock()
     monkeypatch.setattr(evaluation, "augmentation", lambda protocol, size: v2.PILToTensor())
-    unmixed = lambda kinds: mixes.extend(kinds) or (lambda images, labels: (images, labels))  # noqa: E731
-    monkeypatch.setattr(evaluation.v2, "RandomChoice", unmixed)
-    clip_grad = lambda parameters, most: clipped.append(most)  # noqa: E731
+    monkeypatch.setattr(evaluation.v2, "RandomChoice", mix)
     monkeypatch.setattr(evaluation.nn.utils, "clip_grad_norm_", clip_grad)
     source = Reds(9, classes=3)
     source.image = lambda i, draft=None: Image.fromarray(pixels[i])
@@ -1763,9 +1729,12 @@ def test_a_step_of_a_classifier_equals_one_by_hand(protocol, clip, monkeypatch):
     settings = dict(epochs=1, batch_size=9, lr=0.01, wd=0.1, workers=0, seed=7)
     evaluation.train_classifier(ours, source, protocol, CPU, **settings)
     assert ours.model.training == (protocol != "sgd")  # a frozen tower keeps its batch statistics
-    assert clipped == ([] if protocol == "sgd" else [1.0])
+    assert [call.args[1] for call in clip_grad.mock_calls] == ([] if protocol == "sgd" else [1.0])
     if protocol == "deit":
-        assert [(type(mix).__name__, mix.alpha) for mix in mixes] == [("MixUp", 0.8), ("CutMix", 1.0)]
+        assert [(type(x).__name__, x.alpha) for x in mix.call_args.args[0]] == [
+            ("MixUp", 0.8),
+            ("CutMix", 1.0),
+        ]
 
     images = theirs.model.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     x = theirs.model.visual(images) if clip else theirs.model.base_encoder.forward_features(images)
@@ -1867,27 +1836,26 @@ def test_cifar(checkpoints, tmp_path, capsys, monkeypatch):
 
 def test_what_does_not_fit_is_said_in_one_line_before_training(checkpoints, tmp_path, capsys, monkeypatch):
     numbers, some = tree(tmp_path / "v2", ["0", "10"], 1), tree(tmp_path / "r", WNIDS[:2], 1)
-    single, nowhere = tree(tmp_path / "single", ["images"]), tmp_path / "no" / "where.pt"
+    single, out = tree(tmp_path / "single", ["images"]), tmp_path / "no" / "where.pt"
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
     three, unlabelled = ["--classnames", tmp_path / "three.txt"], tmp_path / "a.tar"
     write_tar(unlabelled, [("1.jpg", jpeg())])
     clip, moco_ = (["--checkpoint", checkpoints[k]] for k in ("clip", "moco"))
     both = ["--data", some, "--val-data", some]
-    said = eval_refuses(capsys, "linear", *moco_, *both, *"--protocol sgd --lr 1e38 --epochs 9".split())
-    assert "loss not finite in epoch" in said
+    sgd = ["linear", *moco_, *both, *"--protocol sgd --lr 1e38".split()]
+    assert "loss not finite in epoch" in eval_refuses(capsys, *sgd)
     monkeypatch.setattr(evaluation, "train_classifier", None)
     for args, message in (
         (["zeroshot", *clip, "--data", some, *three], "3 names, for 2 classes"),
         (["zeroshot", *clip, "--data", numbers, *three], "'10'"),
         (["zeroshot", *clip, "--data", single], "has no classes"),
         (["zeroshot", *clip, "--data", unlabelled], "--label-key"),
-        (["zeroshot", *moco_, *both], "never learnt"), (["knn", *moco_, "--data", some], "--val-data"),
+        (["zeroshot", *moco_, "--data", some], "learnt"), (["knn", *moco_, "--data", some], "--val-data"),
         (["knn", *moco_, "--data", some, "--val-data", unlabelled], "--label-key"),
-        (["knn", "--checkpoint", nowhere, *both], "No such file"),
+        (["knn", "--checkpoint", out, *both], "No such file"),
         (["linear", *clip, *both, "--lr", "1"], "are for --protocol sgd"),
-        (["finetune", *moco_, *both, "--test-data", numbers], "'10'"),
-        (["finetune", *moco_, *both, "--out", nowhere], "--out"),
-        (["export", *clip, "--out", nowhere], "--out"), (["export", *clip], "--out: say which file"),
+        (["finetune", *moco_, *both, "--test-data", numbers], "'10'"), (["export", *clip], "say which"),
+        (["finetune", *moco_, *both, "--out", out], "--out"), (["export", *clip, "--out", out], "--out"),
         (["coreset", checkpoints["clip"], "--prune", "0.3", "--out", tmp_path / "k.npy"], "not a run"),
     ):  # fmt: skip
         assert message in eval_refuses(capsys, *args), args
@@ -1939,13 +1907,10 @@ def test_static_coreset_from_runs(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     ("", "required"), ("what", "invalid choice"), ("knn --no", "required: --checkpoint"),
-    ("knn --checkpoint x --k 0", "argument --k: 0 is not a whole number of at least 1"),
-    ("knn --checkpoint x --device mps", "invalid choice: 'mps'"),
-    ("linear --checkpoint x --lr nan", "nan is not a finite number of at least 0"),
-    ("coreset a --prune 2 --out x", "2 is not a share between 0 and 1"),
+    ("knn --checkpoint x --device mps", "choice: 'mps'"), ("coreset a --prune 2 --out x", "2 is not a share"),
+    ("linear --checkpoint x --lr nan", "nan is not a finite"), ("knn --checkpoint x --k 0", "at least 1"),
     ("zeroshot --checkpoint x --classnames EMPTY", "EMPTY: is empty"),
     ("zeroshot --checkpoint x --templates WITHOUT", "WITHOUT: every line needs a {}"),
-    ("zeroshot --checkpoint x --wnids NOWHERE", "NOWHERE: No such file"),
     ("zeroshot --checkpoint x --classnames BYTES", "codec can't decode"),
 ])  # fmt: skip
 def test_bad_arguments_of_eval_exit_2_in_one_line(flags, message, capsys, tmp_path, monkeypatch):
@@ -1962,14 +1927,13 @@ def test_bad_arguments_of_eval_exit_2_in_one_line(flags, message, capsys, tmp_pa
 
 
 def test_ranks_devices_and_precision(monkeypatch):
-    for gpus in (0, 2):
-        monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=gpus > 0))
-        monkeypatch.setattr(torch.cuda, "device_count", Mock(return_value=gpus))
-        if not gpus:
-            assert evaluation.start_ranks("auto") == evaluation.start_ranks("cpu") == (0, 1, CPU)
-            with pytest.raises(data.UserError, match="use --device cpu"):
-                evaluation.start_ranks("cuda")
-    used, groups = [], []
+    has_gpu, used, groups = Mock(return_value=False), [], []
+    monkeypatch.setattr(torch.cuda, "is_available", has_gpu)
+    assert evaluation.start_ranks("auto") == evaluation.start_ranks("cpu") == (0, 1, CPU)
+    with pytest.raises(data.UserError, match="use --device cpu"):
+        evaluation.start_ranks("cuda")
+    has_gpu.return_value = True
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     assert evaluation.start_ranks("auto")[2] == used[0] == torch.device("cuda", 0)
