@@ -21,6 +21,7 @@ import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,8 +30,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image, ImageOps, features
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision import transforms
@@ -48,6 +47,7 @@ from scan import Scan, ScanSampler, WithIds, coreset, info_nce, prune_ratio, sel
 
 HERE = Path(__file__).parent
 FLOAT32 = torch.autocast("cpu", enabled=False)
+META = torch.device("meta")
 slow = pytest.mark.slow
 torch.set_num_threads(1)  # models that take milliseconds: more threads would only wait for each other
 
@@ -686,6 +686,8 @@ def test_ties_in_counts_do_not_inflate_the_overlap(seeds):
 def test_clips_are_those_of_open_clip(arch, parameters, heads, key):
     with torch.device("meta"):
         model = clip_model.create(arch)
+        image, text, _ = model(torch.zeros(2, 3, 224, 224), torch.zeros(2, 5, dtype=torch.int64))
+    assert image.shape == text.shape == (2, clip_model.ARCHS[arch]["embed_dim"])
     assert parameters in (None, sum(p.numel() for p in model.parameters()))
     assert model.transformer.resblocks[0].attn.heads == heads
     assert {key, "token_embedding.weight", "text_projection", "logit_scale"} <= set(model.state_dict())
@@ -693,12 +695,6 @@ def test_clips_are_those_of_open_clip(arch, parameters, heads, key):
     if arch == "swin_b":
         rates = [x.p for x in model.visual.modules() if type(x).__name__ == "StochasticDepth"]
         assert rates == pytest.approx([0.1 * k / 23 for k in range(24)])
-    model = clip_model.create("vit_tiny" if arch.startswith("vit") else arch, 64, 50).eval()
-    image, text, scale = model(torch.randn(2, 3, 64, 64), torch.tensor([[48, 5, 49], [48, 49, 0]]))
-    torch.testing.assert_close(torch.cat([image, text]).norm(dim=1), torch.ones(4))
-    unpadded = F.normalize(model.encode_text(torch.tensor([[48, 49]])), dim=-1)
-    torch.testing.assert_close(text[1:], unpadded)
-    assert scale.item() == pytest.approx(1 / 0.07)
 
 
 def test_a_wrong_arch_family_or_size_is_no_model(monkeypatch):
@@ -723,13 +719,11 @@ def test_initial_weights_are_open_clips_and_moco_v3s(monkeypatch):
     found = dict(clip_model.create("vit_b32", 64, 1000).named_parameters()) | dict(base.named_parameters())
     image, text = "visual.transformer.resblocks.0.", "transformer.resblocks.1."
     for name, std in {
-        image + "attn.in_proj_weight": 0.0255, image + "attn.out_proj.weight": 0.0208,
-        image + "mlp.c_fc.weight": 0.0208, image + "mlp.c_proj.weight": 0.0104,
-        image + "attn.out_proj.bias": 0, text + "attn.out_proj.bias": 0, "cls_token": 1e-6,
-        "visual.conv1.weight": 0.0104, "visual.positional_embedding": 0.0361, "visual.proj": 0.0361,
-        text + "attn.in_proj_weight": 0.0442, text + "attn.out_proj.weight": 0.0221,
-        text + "mlp.c_fc.weight": 0.03125, text + "mlp.c_proj.weight": 0.0221, "text_projection": 0.0442,
-        "token_embedding.weight": 0.02, "positional_embedding": 0.01,
+        image + "attn.in_proj_weight": 0.0255, image + "mlp.c_proj.weight": 0.0104, "text_projection": 0.0442,
+        image + "attn.out_proj.bias": 0, "visual.positional_embedding": 0.0361, "visual.proj": 0.0361,
+        text + "attn.in_proj_weight": 0.0442, text + "attn.out_proj.weight": 0.0221, "cls_token": 1e-6,
+        text + "mlp.c_fc.weight": 0.03125, text + "mlp.c_proj.weight": 0.0221, "positional_embedding": 0.01,
+        "token_embedding.weight": 0.02,
         "blocks.0.attn.qkv.weight": (2 / 768) ** 0.5, "blocks.0.mlp.fc1.weight": (2 / (5 * 384)) ** 0.5,
         "patch_embed.proj.weight": (2 / (3 * 256 + 384)) ** 0.5, "patch_embed.proj.bias": 0,
     }.items():  # fmt: skip
@@ -740,15 +734,14 @@ def test_initial_weights_are_open_clips_and_moco_v3s(monkeypatch):
     assert base.pos_embed[0, 3].tolist() == pytest.approx(parts, abs=1e-6)
 
 
-def test_tokens_of_hashed_words_and_of_a_small_bpe_vocabulary(tmp_path):
+def test_tokens_of_hashed_words_and_of_a_small_bpe_vocabulary_and_their_padding(tmp_path):
     words, path = clip_model.HashedWords(), tmp_path / "vocab.gz"
     expected = [1 + zlib.crc32(word) % 49405 for word in (b"red", b"circle", b"!")]
     assert words("Red CIRCLE!").tolist() == [49406, *expected, 49407]
     assert len(words("日本語 ok")) == 2 + 4 and words("ＡＢ ﬁ").tolist() == words("ab fi").tolist()
     path.write_bytes(gzip.compress(b"version\nr e\nre d</w>\nc a\nca t</w>\n"))
     bpe = clip_model.BPE(path)
-    start, end = bpe.vocab_size - 2, bpe.vocab_size - 1
-    assert bpe.vocab_size == 512 + 4 + 2
+    start, end = 512 + 4, 512 + 5
     # bytes are numbered from "!" = 0; the same with </w> from 256; merges from 512
     assert bpe("Red  CAT").tolist() == [start, 513, 515, end]
     assert bpe("cat's").tolist() == [start, 515, 6, ord("s") - 33 + 256, end]
@@ -759,108 +752,52 @@ def test_tokens_of_hashed_words_and_of_a_small_bpe_vocabulary(tmp_path):
     path.write_bytes(b"not gzip")
     with pytest.raises(ValueError, match="vocab"):
         clip_model.BPE(path)
-
-
-class PretendGPU(TorchDispatchMode):
-    """Tensors sent to "cuda" become fake ones there; what would make the host wait for the GPU is noted."""
-
-    def __init__(self):
-        super().__init__()
-        self.fake, self.waits = FakeTensorMode(allow_non_fake_inputs=True), []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function._schema.name.removeprefix("aten::"), kwargs or {}
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
-        before = {x.device.type for x in tensors}
-        after = before | {torch.device(kwargs["device"]).type} if kwargs.get("device") else before
-        masks = [x for x in tensors[1:] if x.dtype in (torch.bool, torch.uint8)]
-        waiting = not kwargs.get("non_blocking") and args[-1] is not True
-        sizes_unknown = name in ("nonzero", "masked_select") or (name.startswith("index") and masks)
-        if name in ("_to_copy", "copy_") and len(after) > 1 and waiting:
-            self.waits.append("a blocking copy")
-        if "cuda" in before and (sizes_unknown or name == "_local_scalar_dense"):
-            self.waits.append(name)
-        if "cuda" in after:
-            return function(*args, **kwargs)
-        if name in ("_pin_memory", "is_pinned"):
-            return args[0] if name == "_pin_memory" else False
-        kwargs.pop("pin_memory", None)
-        with unset_fake_temporarily():
-            return function(*args, **kwargs)
+    model = clip_model.create("vit_tiny", 16, 50)
+    padded, text = (model.encode_text(torch.tensor([ids])) for ids in ([48, 49, 0], [48, 49]))
+    torch.testing.assert_close(padded, text)
 
 
 @pytest.mark.parametrize("create, arch", [(clip_model.create, "vit_tiny"), (moco.create, "moco_vit_tiny")])
-def test_a_step_never_makes_the_host_wait_for_the_gpu(create, arch):
-    """In a preparation epoch, on a pretended GPU. (No backward pass: autograd's engine needs a real one.)"""
-    mode, gpu, scan = PretendGPU(), torch.device("cuda", 0), Scan(100)
-    with mode.fake, mode:
-        batch = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.tensor([[48, 5, 49]] * 8)
-        if create == moco.create:
-            crops = torch.zeros(8, 2, 3, 32, 32, dtype=torch.uint8)
-            batch = crops, torch.stack([moco.draw_views() for _ in range(8)])
-        model = create(arch, 32).to(gpu)
-        scan.first_preparation = 0
-        scan.begin_epoch(0)
-        assert "a blocking copy" in mode.waits  # of the model's own: they are noticed
-        mode.waits.clear()
-        for _ in range(2):
-            a, b, loss = model.losses(*model(*model.inputs(batch, gpu)))
-            scan.observe(torch.arange(8), a, b)
-        assert scan.stage == "preparation" and loss.device == scan.redundant.device == gpu
-        assert not mode.waits
+def test_a_step_never_makes_the_host_wait_for_the_gpu(create, arch, monkeypatch):
+    """The "meta" device takes the GPU's place: whatever needs a value that lies there raises."""
+    blocking, to = [], torch.Tensor.to
 
+    def noted(tensor, *args, **options):
+        moved = to(tensor, *args, **options)
+        if moved.device != tensor.device and not options.get("non_blocking"):
+            blocking.append(tensor.shape)
+        return moved
 
-def moco_step(rank, world):
-    """Losses, averaged gradients and batch-norm statistics of one step at a global batch of 16."""
-    torch.manual_seed(0)
-    model, views = moco.create("moco_vit_tiny", 32), torch.randn(2, 16, 3, 32, 32, generator=generator())
-    model.update_momentum_encoder(0.9)
-    a, b, loss = model.losses(*model(*views[:, rank * 16 // world : (rank + 1) * 16 // world]))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: FLOAT32)  # has no such device
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    batch = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.tensor([[48, 5, 49]] * 8)
+    if create == moco.create:
+        crops = torch.zeros(8, 2, 3, 16, 16, dtype=torch.uint8)
+        batch = crops, torch.stack([moco.draw_views() for _ in range(8)])
+    scan, model = Scan(100), create(arch, 16).to(META)
+    assert blocking  # the copies of the model's own: they are noticed
+    blocking.clear()
+    scan.first_preparation = 0
+    scan.begin_epoch(0)
+    a, b, loss = model.losses(*model(*model.inputs(batch, META)))
+    scan.observe(torch.arange(8), a, b)
     loss.backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    for grad in grads if world > 1 else ():
-        dist.all_reduce(grad)
-        grad /= world
-    return {"a": a.detach(), "b": b.detach(), "grads": grads, "buffers": list(model.buffers())}
+    assert scan.stage == "preparation" and loss.device == scan.redundant.device == META
+    assert not blocking
 
 
-@slow
-def test_moco_ranks_equal_one_process(tmp_path):
-    alone, ranks = moco_step(0, 1), run_ranks(moco_step, 2, tmp_path / "ranks")
-    for name in "ab":
-        torch.testing.assert_close(torch.cat([r[name] for r in ranks]), alone[name], rtol=0, atol=1e-5)
-    for r, name in itertools.product(ranks, ("grads", "buffers")):
-        for mine, expected in zip(r[name], alone[name]):
-            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=2e-6)
-
-
-def test_moco_is_the_published_method():
-    """Sizes of the heads; keys come from a moving average, without gradient; the loss."""
+def test_moco_has_the_published_heads_and_trains_what_it_should():
     with torch.device("meta"):
         paper = moco.create("moco_vit_s16")
+        queries_and_keys = paper(*torch.zeros(2, 8, 3, 224, 224))
     heads = paper.base_encoder.head, paper.predictor
     shapes = [[tuple(x.shape) for x in head.parameters() if x.ndim == 2] for head in heads]
     assert shapes == [[(4096, 384), (4096, 4096), (256, 4096)], [(4096, 256), (256, 4096)]]
     assert len(paper.base_encoder.blocks) == paper.base_encoder.blocks[0].attn.heads == 12
     assert heads[1][-1].weight is None and heads[1][1].weight is not None  # the last is not affine
-    model, views = moco.create("moco_vit_tiny", 32), torch.randn(2, 8, 3, 32, 32, generator=generator())
-    encoders = model.base_encoder, model.momentum_encoder
-    assert all(p.equal(k) for p, k in zip(*(e.parameters() for e in encoders)))
-    q1, q2, k1, k2 = model(*views)
-    torch.testing.assert_close(torch.cat([q1, q2, k1, k2]).norm(dim=1), torch.ones(32))
-    assert q1.requires_grad and q2.requires_grad and not (k1.requires_grad or k2.requires_grad)
-    expected = sum(F.cross_entropy(q @ k.T / 0.2, torch.arange(8)) * 0.4 for q, k in ((q1, k2), (q2, k1)))
-    torch.testing.assert_close(model.losses(q1, q2, k1, k2)[2], expected)
-    assert [round(moco.momentum(progress), 6) for progress in (0, 0.5, 1)] == [0.99, 0.995, 1.0]
-    with torch.no_grad():
-        for p in model.base_encoder.parameters():
-            p += 1
-    before = [p.clone() for p in model.momentum_encoder.parameters()]
-    model.update_momentum_encoder(0.9)
-    for old, base, new in zip(before, *(e.parameters() for e in encoders)):
-        torch.testing.assert_close(new, 0.9 * old + 0.1 * base)
-    assert not any(p.requires_grad for p in model.momentum_encoder.parameters())
-    frozen = {n for n, p in model.base_encoder.named_parameters() if not p.requires_grad}
+    assert [x.requires_grad for x in queries_and_keys] == [True, True, False, False]
+    assert not any(p.requires_grad for p in paper.momentum_encoder.parameters())
+    frozen = {n for n, p in paper.base_encoder.named_parameters() if not p.requires_grad}
     assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
@@ -869,40 +806,33 @@ def test_augmentation_equals_torchvision_sample_by_sample():
     images[:16, 0] = 7  # flat channels: hues at the corners
     torch.manual_seed(0)
     drawn = torch.stack([moco.draw_view(0.5, 0.5) for _ in images])
+    pairs = images.unflatten(0, (24, 2)), drawn.unflatten(0, (24, 2))
+    views = moco.create("moco_vit_tiny", 32).inputs(pairs, torch.device("cpu"))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     adjust = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
-    for x, numbers, mine in zip(images / 255, drawn, moco.augment(images, *moco.plan(drawn)) / 255):
+    for x, numbers, mine in zip(images / 255, drawn, torch.stack(views, 1).flatten(0, 1) * std + mean):
         for kind in list(itertools.permutations(range(4)))[int(numbers[moco.ORDER])]:
             x = adjust[kind](x, numbers[kind].item())
-        if numbers[moco.GREY]:
-            x = V.rgb_to_grayscale(x, 3)
-        if numbers[moco.SIGMA]:
-            x = V.gaussian_blur(x, [13, 13], [numbers[moco.SIGMA].item()] * 2)
-        if numbers[moco.SOLARIZE]:
-            x = V.solarize(x, 128 / 255)
-        if numbers[moco.FLIP]:
-            x = V.horizontal_flip(x)
+        x = V.rgb_to_grayscale(x, 3) if numbers[moco.GREY] else x
+        x = V.gaussian_blur(x, [13, 13], [numbers[moco.SIGMA].item()] * 2) if numbers[moco.SIGMA] else x
+        x = V.solarize(x, 128 / 255) if numbers[moco.SOLARIZE] else x
+        x = V.horizontal_flip(x) if numbers[moco.FLIP] else x
         assert ((x - mine).abs() < 2e-3).double().mean() > 0.99  # but where solarizing tips at its threshold
-    crops, numbers = images[:24].unflatten(0, (12, 2)), drawn[:24].unflatten(0, (12, 2))
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    views = moco.create("moco_vit_tiny", 32).inputs((crops, numbers), torch.device("cpu"))
-    for k, view in enumerate(views):
-        expected = moco.augment(crops[:, k], *moco.plan(numbers[:, k])) / 255
-        torch.testing.assert_close(view, (expected - mean) / std)
 
 
 def test_views_follow_the_stated_distributions_and_differ_per_sample():
     torch.manual_seed(0)
-    drawn = torch.stack([moco.draw_views() for _ in range(4000)])
+    drawn = torch.stack([moco.draw_views() for _ in range(1500)])
     for x, blur, solarize in ((drawn[:, 0], 1.0, 0.0), (drawn[:, 1], 0.1, 0.2)):
         jittered, sigma = x[x[:, moco.BRIGHTNESS] != 1], x[x[:, moco.SIGMA] > 0, moco.SIGMA]
         means = x[:, [moco.GREY, moco.FLIP, moco.SOLARIZE]].mean(0)
-        shares = [len(jittered) / 4000, len(sigma) / 4000, *means]
+        shares = [len(jittered) / 1500, len(sigma) / 1500, *means]
         for found, p in zip(shares, (0.8, blur, 0.2, 0.5, solarize)):
-            assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / 4000)
+            assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / 1500)
         for kind, centre, reach in zip(range(4), (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1)):
             assert (jittered[:, kind] - centre).abs().max() <= reach + 1e-6
             assert jittered[:, kind].std() == pytest.approx(reach / math.sqrt(3), rel=0.05)
-        assert 0.1 <= sigma.min() and sigma.max() <= 2 and sigma.mean() == pytest.approx(1.05, rel=0.08)
+        assert 0.1 <= sigma.min() and sigma.max() <= 2 and sigma.mean() == pytest.approx(1.05, rel=0.15)
         assert len(jittered[:, moco.ORDER].unique()) == 24
 
 
@@ -930,17 +860,10 @@ def noise(width, height, seed=0):
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def bytes_in(value):
-    """A short name of a test's parameter."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else None
-
-
 @pytest.mark.parametrize("content, size, pixel", [
-    (jpeg((200, 30, 30)), (40, 30), (200, 30, 30)),
     (jpeg((200, 30, 30), mode="CMYK"), (40, 30), (200, 30, 30)),
     (jpeg((99, 99, 99), mode="L"), (40, 30), (99, 99, 99)),
     (jpeg((200, 30, 30), form="PNG", mode="P"), (40, 30), (204, 51, 51)),  # of the web palette
-    (jpeg((200, 30, 30), form="BMP", size=(1, 1)), (1, 1), (200, 30, 30)),
     (encoded(Image.fromarray(np.full((4, 4), 30000, np.uint16))), (4, 4), (117, 117, 117)),
     (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), (4, 4), (255, 255, 255)),
     (encoded(Image.fromarray(np.int32([[200_000, 400_000]])), "TIFF"), (2, 1), (127, 127, 127)),
@@ -948,7 +871,7 @@ def bytes_in(value):
     (encoded(Image.new("RGB", (4, 2), (9, 9, 9)), "TIFF", tiffinfo={274: 6}), (2, 4), (9, 9, 9)),
     (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0))), (4, 4), (255, 255, 255)),
     (encoded(Image.new("LA", (4, 4), (0, 128))), (4, 4), (127, 127, 127)),
-], ids=bytes_in)  # fmt: skip
+], ids=itertools.count())  # fmt: skip
 def test_pictures_of_every_kind_become_rgb(content, size, pixel):
     picture = data.decode(content)
     assert picture.mode == "RGB" and picture.size == size
@@ -990,8 +913,7 @@ def test_random_crops_are_those_of_torchvision(mode, smallest):
         ours, after = data.RandomCrop(48, smallest, mode)(picture), torch.rand(1)
         torch.manual_seed(seed)
         difference = (v2.functional.pil_to_tensor(expected(picture)).int() - ours.int()).abs()
-        assert torch.rand(1).equal(after)
-        assert ours.shape == (3, 48, 48) and ours.dtype == torch.uint8
+        assert torch.rand(1).equal(after) and ours.shape == (3, 48, 48) and ours.dtype == torch.uint8
         assert difference.max() <= 2 and (difference > 0).double().mean() < 0.1
 
 
@@ -1024,7 +946,6 @@ def shard(path, first, n):
     members = []
     for i in range(first, first + n):
         members += [(f"{i:05}.jpg", jpeg((5 * i % 256, 99, 30))), (f"{i:05}.txt", f"caption {i}".encode())]
-        members += [(f"{i:05}.json", json.dumps({"key": i}).encode())]
     return write_tar(path, members)
 
 
@@ -1037,12 +958,8 @@ def test_shards_are_read_by_position(tmp_path):
         shard(tmp_path / f"{k:05}.tar", 10 * k, 10)
     for spec in ("{00000..00002}.tar", "*.tar", "{00000,00001,00002}.tar"):
         source = data.open_source(str(tmp_path / spec))
-        assert captions_of(source) == [f"caption {i}" for i in range(30)]
-        assert (
-            source.image(17).size == (40, 30)
-            and "00001.tar, 00017.jpg at byte" in source.where(17)
-            and not source.skipped
-        )
+        assert captions_of(source) == [f"caption {i}" for i in range(30)] and not source.skipped
+        assert source.image(17).size == (40, 30) and "00001.tar, 00017.jpg at byte" in source.where(17)
     joined = data.open_source(f"{tmp_path}/00002.tar::{tmp_path}/00000.tar")
     assert pickle.loads(pickle.dumps(joined)).caption(19) == "caption 9"  # as loading processes may get it
     assert joined.fingerprint() != data.open_source(str(tmp_path / "0000[02].tar")).fingerprint()
@@ -1104,11 +1021,8 @@ def test_an_index_follows_its_tar_and_damage_to_it_shows(tmp_path):
 
 @pytest.mark.parametrize("owner, name", [(np, "savez"), (Path, "mkdir"), (Path, "home")])
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, owner, name):
-    def fails(*_, **options):
-        raise RuntimeError("no home directory") if name == "home" else OSError(28, "No space left on device")
-
-    path = shard(tmp_path / "a.tar", 0, 3)
-    monkeypatch.setattr(owner, name, fails)
+    path, fails = shard(tmp_path / "a.tar", 0, 3), RuntimeError if name == "home" else OSError
+    monkeypatch.setattr(owner, name, Mock(side_effect=fails))
     monkeypatch.setenv("XDG_CACHE_HOME", "" if name == "home" else str(tmp_path / "c"))
     assert len(data.open_source(path)) == 3
 
@@ -1178,16 +1092,14 @@ SWALLOWED = "".join(f"{k}.jpg\t{caption}\n" for k, caption in enumerate(["a", '"
     ("a.tar", bytes(10240), "no sample"), ("a.tar", GOOD[1024:], "no sample .*left out: 1 .txt"),
     ("a.tar", gzip.compress(GOOD), "not a whole tar file, or compressed"), ("a.csv.gz", b"", ".*compressed"),
     ("a.csv", gzip.compress(b"filepath,title\na,b\n"), "is UTF-16 or compressed"),
-    ("a.csv", "filepath,title\na,b\n".encode("utf-16"), "is UTF-16"),
-    ("a.csv", "filepath,title\na,b\n".encode("utf-16-le"), "is UTF-16"),
+    *[("a.csv", "filepath,title\na,b\n".encode(code), "is UTF-16") for code in ("utf-16", "utf-16-le")],
     ("a.csv", b"filepath;caption\na;b\n", "no column 'title' .*'caption'.; name yours with --caption-key"),
     ("a.csv", b"", "no column 'filepath'"), ("a.csv", b"filepath,title\n", "has no samples"),
     ("a.csv", b"filepath,title\na\n", "line 2: 1 fields"),
     ("a.csv", b'filepath,title\na,b\nc,"d\ne,f\n', "line 3: unexpected end"),
     ("a.csv", b'filepath,title\na,b\nc,"d" e\ne,f\n', "line 3: .*expected after"),
     ("a.tsv", b"filepath\ttitle\n" + SWALLOWED.encode(), "line 3: a field that holds 3"),
-    ("a.csv", b"filepath,title\n" + SWALLOWED.replace("\t", ",").encode(), "line 3: a field that holds 3"),
-], ids=bytes_in)  # fmt: skip
+], ids=itertools.count())  # fmt: skip
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     refuses(tmp_path / name, f"{name}(:|,) {message}")
@@ -1209,11 +1121,8 @@ def test_tables_of_any_delimiter(tmp_path, delimiter):
     refuses(tmp_path / "a.tsv", "no column 'kind' .*--label-key", label_key="kind")
     assert [source.caption(i) for i in range(3)] == ["two\nlines, quoted", 'a 5" disk', "x"]
     assert source.image(1).size == (40, 30) and source.same_images() == ([0, 2], [0, 0, 1, 0])
-    pairs = data.Pairs(source, WORDS, 8)
-    assert (
-        pairs.why(2)
-        == f"{tmp_path}/x.jpg (row 3 below the header of {tmp_path}/a.tsv): No such file or directory"
-    )
+    pairs, row = data.Pairs(source, WORDS, 8), f"(row 3 below the header of {tmp_path}/a.tsv)"
+    assert pairs.why(2) == f"{tmp_path}/x.jpg {row}: No such file or directory"
     assert "(row 4 below" in pairs.why(3) and "'utf-8' codec can't decode byte 0xe9" in pairs.why(3)
     (tmp_path / "b.tsv").write_bytes(content.replace(b"disk", b"Disk"))
     assert data.open_source(str(tmp_path / "b.tsv")).fingerprint() != source.fingerprint()
@@ -1235,9 +1144,7 @@ def test_class_folders_of_every_format(tmp_path):
         plant(tmp_path, f"class {k % 2}/{folder}{k}.{form}", content=encoded(noise(16, 12), form))
     expected = ImageFolder(tmp_path, is_valid_file=lambda path: os.path.basename(path)[0].isdigit())
     plant(tmp_path, "class 0/notes.txt", "class 1/raw.CR2", "class 0/raw.cr2", "labels/a.xml", "loose.jpg")
-    plant(
-        tmp_path, "class 1/.ipynb_checkpoints/1.jpg", ".thumbs/1.jpg", "class 0/._1.jpg", "__MACOSX/._1.jpg"
-    )
+    plant(tmp_path, "class 1/.old/1.jpg", ".thumbs/1.jpg", "class 0/._1.jpg", "__MACOSX/._1.jpg")
     (tmp_path / "class 0" / "again").symlink_to(".")  # would repeat its pictures without end
     (tmp_path / "empty").mkdir()
     source = data.open_source(str(tmp_path))
@@ -1260,16 +1167,13 @@ def test_splits_are_no_classes(tmp_path):
     refuses(tmp_path / "other", "has .'test'., but no train")
 
 
-FOLDERS = [  # files of a folder, and what is said of it
+@pytest.mark.parametrize("names, message", [  # files of a folder, and what is said of it
     (["images/1.jpg", "images/2.jpg", "notes.xml"], "two classes; left out: .'.xml': 1"),  # Tiny-ImageNet
     (["1.jpg", "2.jpg"], "no pictures in two classes"),
     (["00000/0.jpg", "00000/0.txt", "00000/0.json", "00001/1.jpg", "00001/1.txt", "00000_stats.json"],
      "pictures with captions beside them as tars or a .csv"),  # img2dataset's output_format=files
     (["00000.tar", "00001.tar", "00000.parquet"], r"left out: .'.tar': 2, .*/\*.tar'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("names, message", FOLDERS)
+])  # fmt: skip
 def test_folders_without_classes_serve_moco_alone(tmp_path, names, message):
     pictures = [name for name in names if name.endswith(".jpg")]
     refuses(plant(tmp_path, *names), message, captions=bool(pictures))
@@ -1282,18 +1186,13 @@ def test_folders_without_classes_serve_moco_alone(tmp_path, names, message):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems may not allow such names")
 def test_names_that_are_not_utf8_are_read_and_escaped(tmp_path):
     caf = "caf\udce9"
-    source = data.open_source(plant(tmp_path, f"{caf}/{caf}.jpg", f"{caf}/x.{caf}", "dog/1.jpg"))
-    assert source.classes == ["caf\\xe9", "dog"] and source.skipped == {".caf\\xe9": 1}
-    assert source.caption(0) == "a photo of a caf\\xe9."
+    path = plant(tmp_path, f"{caf}/{caf}.jpg", f"{caf}/x.{caf}", "dog {0}/1.jpg")
+    source = data.open_source(path)
+    assert source.classes == ["caf\\xe9", "dog {0}"] and source.skipped == {".caf\\xe9": 1}
+    assert captions_of(source) == ["a photo of a caf\\xe9.", "a photo of a dog {0}."]
+    source = data.open_source(path, templates=["one {}", "{}"])  # the first makes captions
+    assert captions_of(source) == ["one caf\\xe9", "one dog {0}"] and source.templates == ["one {}", "{}"]
     assert data.Pairs(source, WORDS, 8)[0][:2] == (0, -1) and len(source.fingerprint()) == 64
-
-
-def test_class_names_become_captions_by_the_first_template(tmp_path):
-    path = plant(tmp_path, "cat {0}/1.jpg", "dog/2.jpg")
-    assert captions_of(data.open_source(path)) == ["a photo of a cat {0}.", "a photo of a dog."]
-    own = data.open_source(path, templates=["{}", "one {}"])
-    assert captions_of(own) == ["cat {0}", "dog"] and own.templates == ["{}", "one {}"]
-    assert data.open_source(path).templates == ["a photo of a {}."]
 
 
 GROUPS = [json.dumps({"group": group}).encode() for group in ("food", "animals", "food")]
@@ -1343,7 +1242,7 @@ WORDS = clip_model.HashedWords()
 
 
 class Edges(data.Source):
-    """By data.py's docstring. At the edge in its pictures bicubic resizing overshoots, bilinear does not."""
+    """A source by data.py's docstring. At its edges bicubic resizing overshoots, bilinear does not."""
 
     def __init__(self, n, unreadable=()):
         self.n, self.unreadable = n, unreadable
@@ -1385,13 +1284,9 @@ def test_a_source_written_by_the_docstring_serves_both_datasets():
 
 
 def test_two_views_differ_and_repeat():
-    def crops(**options):
-        return (
-            data.Pairs(data.Shapes(8), WORDS, 32, **options),
-            data.Views(data.Shapes(8), 32, moco.draw_views, **options),
-        )
-
-    for dataset, other in zip(crops(), crops(seed=1)):
+    pairs = [data.Pairs(data.Shapes(8), WORDS, 32, seed=seed) for seed in (0, 1)]
+    views = [data.Views(data.Shapes(8), 32, moco.draw_views, seed=seed) for seed in (0, 1)]
+    for dataset, other in (pairs, views):
         torch.manual_seed(0)
         before, first = torch.get_rng_state(), dataset[3]
         assert torch.get_rng_state().equal(before)
@@ -1400,20 +1295,18 @@ def test_two_views_differ_and_repeat():
         assert not other[3][2].equal(first[2])
         dataset.set_epoch(1)
         assert not dataset[3][2].equal(first[2])
-    _, _, two_crops, numbers = crops()[1][3]
+    _, _, two_crops, numbers = views[1][3]
     assert not two_crops[0].equal(two_crops[1]) and not numbers[0].equal(numbers[1])
-    assert not crops()[1][4][3].equal(numbers) and list(crops()[1].truth) == ["redundant"]
+    assert not views[1][4][3].equal(numbers) and list(views[1].truth) == ["redundant"]
 
 
 def test_any_id_of_a_billion_is_read_at_once():
     pairs = data.Pairs(Edges(10**9, unreadable=range(2)), WORDS, 8)
     assert [pairs[i][:2] for i in (10**9 - 1, 0, 1)] == [(10**9 - 1, -1), (2, 0), (2, 1)]
-    for last in (97, 98):  # of the 100 ids that are tried, around the end
-        pairs = data.Pairs(Edges(10**9, {10**9 - 2, 10**9 - 1, *range(last)}), WORDS, 8)
-        if last == 97:
-            assert pairs[10**9 - 2][:2] == (97, 10**9 - 2)
+    most = {10**9 - 2, 10**9 - 1, *range(97)}  # all but the last of the 100 ids that are tried
+    assert data.Pairs(Edges(10**9, most), WORDS, 8)[10**9 - 2][:2] == (97, 10**9 - 2)
     with pytest.raises(data.UserError, match="100 samples.*8: TypeError: a bug at 999999998") as error:
-        pairs[10**9 - 2]
+        data.Pairs(Edges(10**9, most | {97}), WORDS, 8)[10**9 - 2]
     assert "\n" not in str(error.value) and isinstance(error.value.__cause__, TypeError)
 
 
@@ -1435,18 +1328,14 @@ BOMB[29:33] = zlib.crc32(BOMB[12:29]).to_bytes(4, "big")
 BAD_SAMPLES = [  # a picture, its text, and what is said of them
     (b"words", (".txt", b"x"), "no picture, but 5 bytes: b'words'"),
     (encoded(Image.new("RGB", (8, 8)), "PCX"), (".txt", b"x"), "no picture"),  # of no format we ask for
-    (bytes(BOMB), (".txt", b"x"), "10000 x 10000 pixels"),
-    (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
+    (bytes(BOMB), (".txt", b"x"), "10000 x 1"), (png("red", (2001, 2)), (".txt", b"x"), "2001 x 2 pixels"),
     (encoded(noise(64, 64), "JPEG")[:-200], (".txt", b"x"), "truncated"),
-    (png("red")[:-30], (".txt", b"x"), ""),
     (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), (".txt", b"x"), "not finite"),
     (png("red"), (".txt", b" \n\t"), "caption is empty"),
     (png("red"), (".txt", b"caf\xe9 noir"), "'utf-8' codec can't decode byte 0xe9 in position 3"),
     (png("red"), (".txt", bytes(9)), "its caption is no text, but "),
-    (png("red"), (".json", b"[1, 2]"), "no 'caption' in its .json"),
     (png("red"), (".json", b'{"caption": "\\ud800"}'), "surrogates not allowed"),
-    (png("red"), (".json", b"{"), "no 'caption' in its .json (Expecting"),
-    (png("red"), (".cls", b"1"), "no .json beside it"),
+    (png("red"), (".json", b"{"), "in its .json (Expecting"), (png("red"), (".cls", b"1"), "no .json beside"),
 ]  # fmt: skip
 
 
@@ -1478,25 +1367,19 @@ def checkpoints(tmp_path_factory):
     """One of CLIP and one of MoCo, with random weights, in the folders of runs."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoints")
-    for family, model, tokenizer in (
-        ("clip", clip_model.create("vit_tiny", 16), "hashed words"),
-        ("moco", moco.create("moco_vit_tiny", 16), None),
-    ):
+    clip, without_text = clip_model.create("vit_tiny", 16), moco.create("moco_vit_tiny", 16)
+    for family, model, words in (("clip", clip, "hashed words"), ("moco", without_text, None)):
         (folder / family).mkdir()
         args = {"arch": model.arch, "image_size": 16, "data": "shapes:72", "val_data": None}
-        run = {"model": model.state_dict(), "args": args, "tokenizer": tokenizer}
+        run = {"model": model.state_dict(), "args": args, "tokenizer": words}
         torch.save(run, folder / family / "last.pt")
     return {family: str(folder / family) for family in ("clip", "moco")}
 
 
 def tree(root, folders, n=3):
-    """Class folders of plainly coloured pictures with a black bar, the k-th of the k-th colour."""
+    """Class folders of plainly coloured pictures, the k-th of the k-th colour."""
     for name, colour in zip(folders, itertools.cycle(COLOURS)):
-        (root / name).mkdir(parents=True)
-        for k in range(n):
-            picture = Image.new("RGB", (20, 20), colour)
-            picture.paste((0, 0, 0), (k, 0, k + 3, 20))
-            picture.save(root / name / f"{k}.png")
+        plant(root, *(f"{name}/{k}.png" for k in range(n)), content=png(colour, (20, 20)))
     return str(root)
 
 
@@ -1511,34 +1394,25 @@ def evaluated(capsys, *args):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def eval_refuses(capsys, *args, code=1):
+def eval_refuses(capsys, *args):
     """The one line that eval.py says."""
     with pytest.raises(SystemExit) as exit:
         evaluate(*args)
     said = capsys.readouterr().err
-    assert exit.value.code == code and said.count("\n") == 1
+    assert exit.value.code == 1 and said.count("\n") == 1
     return said
 
 
-def test_weights_of_all_origins_start_a_model(checkpoints, tmp_path):
-    """A run's, open_clip's (a state dict), MoCo v3's (from DDP), and timm's (the backbone alone)."""
-    images = torch.randn(2, 3, 16, 16, generator=generator())
-    for run, arch, words in ((checkpoints["clip"], "vit_tiny", "hashed words"),
-                             (checkpoints["moco"], "moco_vit_tiny", None)):  # fmt: skip
-        trained, _ = evaluation.load_model(run, text=False)
-        weights = trained.state_dict()
-        torch.save(weights, tmp_path / "plain.pt")
-        torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "ddp.pt")
-        for path, tokenizer in ((run, words), (tmp_path / "plain.pt", None), (tmp_path / "ddp.pt", None)):
-            again, _ = evaluation.load_model(path, arch, image_size=16, vocab="hashed")
-            assert not again.training and again.features(images).equal(trained.features(images)), path
-            assert all(weight.equal(weights[k]) for k, weight in again.state_dict().items()), path
-            assert evaluation.load_weights(again, path) == tokenizer
-    model = moco.create("moco_vit_tiny", 16)
+def test_weights_of_a_run_and_of_timm_start_a_model(checkpoints, tmp_path):
+    trained, _ = evaluation.load_model(checkpoints["clip"])
+    model = clip_model.create("vit_tiny", 16)
+    assert evaluation.load_weights(model, checkpoints["clip"]) == "hashed words" and not trained.training
+    assert all(weight.equal(trained.state_dict()[k]) for k, weight in model.state_dict().items())
+    trained, model = evaluation.load_model(checkpoints["moco"])[0], moco.create("moco_vit_tiny", 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     backbone = {k: v for k, v in trained.base_encoder.state_dict().items() if not k.startswith("head.")}
     torch.save(backbone | {"head.weight": torch.zeros(3, 96)}, tmp_path / "timm.pt")  # and a classifier
-    evaluation.load_weights(model, tmp_path / "timm.pt")
+    assert evaluation.load_weights(model, tmp_path / "timm.pt") is None
     for name, weight in model.state_dict().items():
         inside = name.removeprefix("base_encoder.").removeprefix("momentum_encoder.")
         assert weight.equal(backbone.get(inside, before[name])), name
@@ -1550,11 +1424,11 @@ def test_wrapped_weights_and_openais_are_unwrapped(tmp_path, monkeypatch):
     model = clip_model.create("vit_tiny", 16, quick_gelu=True).eval()
     images, weights = torch.randn(2, 3, 16, 16, generator=generator()), model.state_dict()
     how = dict(arch="vit_tiny", image_size=16, vocab="hashed")
-    for prefix in ("_orig_mod.module.", "module._orig_mod.module."):
-        wrapped = {f"{prefix}{k.replace('visual.', 'visual._orig_mod.')}": v for k, v in weights.items()}
-        torch.save({"state_dict": wrapped | {"n_averaged": torch.tensor(3)}}, tmp_path / "wrapped.pt")
-        again, _ = evaluation.load_model(tmp_path / "wrapped.pt", **how, quick_gelu=True)
-        assert again.features(images).equal(model.features(images)), prefix
+    prefix = "module._orig_mod.module."
+    wrapped = {f"{prefix}{k.replace('visual.', 'visual._orig_mod.')}": v for k, v in weights.items()}
+    torch.save({"state_dict": wrapped | {"n_averaged": torch.tensor(3)}}, tmp_path / "wrapped.pt")
+    again, _ = evaluation.load_model(tmp_path / "wrapped.pt", **how, quick_gelu=True)
+    assert again.features(images).equal(model.features(images))
     del model.pixel_mean, model.pixel_std
     for name, value in dict(input_resolution=16, context_length=77, vocab_size=49408).items():
         model.register_buffer(name, torch.tensor(value))
@@ -1566,7 +1440,6 @@ def test_wrapped_weights_and_openais_are_unwrapped(tmp_path, monkeypatch):
             evaluation.load_model(archive, **how)
         monkeypatch.chdir(tmp_path)
         exec(str(error.value).partition("of it: ")[2], {"torch": torch})
-    torch.save({"state_dict": torch.load("weights.pt", weights_only=True)}, "weights.pt")
     again, _ = evaluation.load_model("weights.pt", **how)  # with QuickGELU, though no flag says so
     assert again.features(images).equal(model.features(images))
     with pytest.warns(UserWarning, match="trained with QuickGELU by OpenAI; this model has GELU"):
@@ -1582,50 +1455,51 @@ def test_weights_that_do_not_fit_get_one_line(checkpoints, tmp_path):
     (tmp_path / "half.pt").write_bytes((tmp_path / "larger.pt").read_bytes()[:100_000])
     clip, vocab = Path(checkpoints["clip"]), tmp_path / "vocab.gz"
     vocab.write_bytes(gzip.compress(b"#version\na b\n"))
-    models = clip_model.create("vit_tiny", 16), moco.create("moco_vit_tiny", 16)
-    tiny = dict(arch="vit_tiny", text=False)
+    tiny = dict(arch="vit_tiny", image_size=16, text=False)
     for path, how, message in (
-        ("larger.pt", models[0], "size mismatch"),
-        (clip, models[1], "do not fit moco_vit_tiny at 16 px"),
-        ("strange.pt", {}, "--arch"),
-        ("strange.pt", tiny, "do not fit"),
+        ("larger.pt", tiny, "size mismatch"), ("larger.pt", tiny | dict(arch="moco_vit_tiny"), "fit moco"),
+        ("strange.pt", {}, "--arch"), ("", {}, "last.pt: No such file"), (clip, dict(vocab="no.gz"), "no.gz"),
         *[(f"{name}.pt", {}, "no checkpoint, or damaged: ") for name in ("list", "text", "half")],
-        ("gone.pt", dict(text=False), "unknown arch 'gone'"),
-        ("larger.pt", tiny | dict(image_size=33), "multiple"),
-        ("larger.pt", dict(arch="vit_tiny"), "give --vocab"),
-        (clip, dict(vocab=vocab), "leave --vocab out"),
-        (clip, dict(vocab=tmp_path / "nowhere.gz"), "nowhere.gz"),
-        ("", {}, "last.pt: No such file"),
-    ):
+        ("gone.pt", dict(text=False), "unknown arch 'gone'"), (clip, dict(vocab=vocab), "leave --vocab out"),
+        ("larger.pt", tiny | dict(image_size=33), "multiple"), ("larger.pt", dict(arch="vit_tiny"), "vocab"),
+    ):  # fmt: skip
         with pytest.raises(data.UserError, match=message) as error:
-            if isinstance(how, dict):
-                evaluation.load_model(tmp_path / path, **how)
-            else:
-                evaluation.load_weights(how, tmp_path / path)
+            evaluation.load_model(tmp_path / path, **how)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 # ---------------------------------------------------------------- eval.py: features and classes
 
 
-def test_evaluation_crops_are_those_of_the_protocols():
+def test_crops_and_augmentations_are_those_of_the_protocols():
     """CLIP: resize to the size. MoCo, DeiT: to size / 0.875, bicubic; MoCo v3's linear protocol: bilinear."""
     rng, seen, source = np.random.default_rng(0), [], Reds(1)
     picture = Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1))
     source.image = lambda i, draft=None: picture
     features = lambda images: seen.append(images) or images.flatten(1)  # noqa: E731
     bicubic, bilinear = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.BILINEAR
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    openai = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    imagenet, openai = (MOCO_MEAN, MOCO_STD), (CLIP_MEAN, CLIP_STD)
     for model, resize, edge, how, normal in (
         (clip_model.create("vit_tiny", 224), None, 224, bicubic, openai),
         (moco.create("moco_vit_tiny", 224), None, 256, bicubic, imagenet),
         (moco.create("moco_vit_tiny", 224), evaluation.LINCLS_RESIZE, 256, bilinear, imagenet),
     ):
         evaluation.image_features(model, source, CPU, encode=features, resize=resize)
-        classic = [transforms.Resize(edge, how), transforms.CenterCrop(224), transforms.ToTensor()]
-        expected = transforms.Compose([*classic, transforms.Normalize(*normal)])(picture)
+        steps = [transforms.Resize(edge, how), transforms.CenterCrop(224), transforms.ToTensor()]
+        expected = transforms.Compose([*steps, transforms.Normalize(*normal)])(picture)
         torch.testing.assert_close(seen.pop()[0], expected, rtol=0, atol=1e-6)
+    classic = {  # as main_lincls.py of MoCo v3, and open_clip, have them
+        "sgd": [transforms.RandomResizedCrop(64), transforms.RandomHorizontalFlip()],
+        "wise-ft": [transforms.RandomResizedCrop(64, scale=(0.9, 1.0), interpolation=bicubic)],
+    }
+    for protocol, seed in itertools.product(classic, range(6)):
+        torch.manual_seed(seed)
+        expected = transforms.Compose([*classic[protocol], transforms.PILToTensor()])(picture)
+        torch.manual_seed(seed)
+        assert evaluation.augmentation(protocol, 64)(picture).equal(expected), (protocol, seed)
+    crop, flip, augment, _, erase = evaluation.augmentation("deit", 64).transforms
+    assert (crop.size, crop.scale, crop.interpolation) == ((64, 64), (0.08, 1.0), bicubic) and flip.p == 0.5
+    assert (augment.num_ops, augment.magnitude, erase.p) == (2, 9, 0.25)
 
 
 class Toy(torch.nn.Module):
@@ -1635,10 +1509,8 @@ class Toy(torch.nn.Module):
 
     def __init__(self, d=6):
         super().__init__()
-        lengths = torch.rand(256, 1, generator=generator(1)) * 9 + 0.1
-        self.rows = torch.randn(256, d, generator=generator(2)) * lengths
-        self.words = torch.randn(49408, d, generator=generator(3))
-        self.words *= torch.rand(49408, 1, generator=generator(4)) * 9 + 0.1
+        self.rows = torch.randn(256, d, generator=generator(2)) ** 3
+        self.words = torch.randn(49408, d, generator=generator(3)) ** 3
         self.words[[0, 49406, 49407]] = 0
 
     def normalize(self, images):
@@ -1651,26 +1523,21 @@ class Toy(torch.nn.Module):
         return self.words[tokens].sum(1)
 
 
-class Reds(data.Source):
+class Reds(Edges):
     """N pictures, the i-th of red i + first; labels and captions at random."""
 
     def __init__(self, n, classes=12, first=0):
-        self.n, self.first = n, first
+        super().__init__(n)
+        self.first = first
         self.classes = [f"thing{k}" for k in range(classes)]
         self.labels = torch.randint(classes, (n,), generator=generator(n)).numpy()
         self.labels[self.labels == 1] = 0  # unbalanced
-
-    def __len__(self):
-        return self.n
 
     def image(self, i, draft=None):
         return Image.new("RGB", (4, 4), (i + self.first, 0, 0))
 
     def caption(self, i):
         return f"caption{i} a\nline{i} b"
-
-    def where(self, i):
-        return f"red {i}"
 
 
 def unit(x):
@@ -1688,10 +1555,6 @@ def shares(ranking, labels):
     five = [label in list(ranked[:5]) for ranked, label in zip(ranking, labels, strict=True)]
     balanced = np.mean([first[labels == label].mean() for label in set(labels.tolist())])
     return {"top1": first.mean(), "top5": np.mean(five), "balanced": balanced, "n": len(labels)}
-
-
-def assert_same_shares(result, protocol, expected):
-    assert result.pop("protocol") == protocol and result == pytest.approx(expected)
 
 
 def features_of_ranks(rank, world):
@@ -1715,9 +1578,8 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path):
 
 def test_class_folders_of_imagenet_v2_and_r():
     """Zero-shot finds the names itself; numbers are positions, and some of the wnids compete alone."""
-    source, prompts, words = Reds(4), [], clip_model.HashedWords()
+    source, tokenizer = Reds(4), Mock(side_effect=clip_model.HashedWords())
     source.labels = np.array([0, 1, 1, 0])
-    tokenizer = lambda text: prompts.append(text) or words(text)  # noqa: E731
     imagenet = [f"n{k:08}" for k in range(1000)]
     for classes, folders, expected, ranked in (
         (["10", "2"], [str(k) for k in range(11)], [10, 2, 2, 10], None),  # ImageFolder sorts "10" before "2"
@@ -1726,9 +1588,8 @@ def test_class_folders_of_imagenet_v2_and_r():
         source.classes = classes
         labels, compete = evaluation.class_labels(source, folders)
         assert labels.tolist() == expected and (compete.tolist() if ranked else compete) == ranked
-    scores = torch.tensor([[9.0, 1, 0], [9.0, 0, 1]])
-    for ranked, top1 in ((torch.tensor([1, 2]), 1), (None, 0)):
-        assert evaluation.accuracy(scores, torch.tensor([1, 2]), ranked)["top1"] == top1
+    scores, labels = torch.tensor([[9.0, 1, 0], [9.0, 0, 1]]), torch.tensor([1, 2])
+    assert [evaluation.accuracy(scores, labels, x)["top1"] for x in (labels, None)] == [1, 0]
     for classes, given, first in (
         (imagenet, {}, "a photo of a tench."), (imagenet[7:9], {"wnids": imagenet}, "a photo of a tench."),
         (imagenet[7:9], {"classnames": ["cock", "hen"]}, "a photo of a cock."),
@@ -1736,8 +1597,8 @@ def test_class_folders_of_imagenet_v2_and_r():
     ):  # fmt: skip
         source.classes = classes
         assert evaluation.zeroshot(Toy(), tokenizer, source, CPU, **given)["n"] == 4
-        assert prompts[0] == first, prompts[:3]
-        prompts.clear()
+        assert tokenizer.call_args_list[0].args[0] == first
+        tokenizer.reset_mock()
     for classes, message in (
         (imagenet[:100], "100 wnids"), (["0", "1"], "classes are numbers"), (["a"], "'a' is the only class"),
     ):  # fmt: skip
@@ -1757,16 +1618,14 @@ def test_zero_shot_equals_a_naive_reference():
         classes.append(unit(np.mean(prompts, 0)))
     cosine = unit(model.rows[:200]) @ np.array(classes).T
     result = evaluation.zeroshot(model, clip_model.HashedWords(), source, CPU, batch_size=7)
-    assert_same_shares(result, "zero-shot", shares(np.argsort(-cosine, 1), source.labels))
+    assert result == pytest.approx({"protocol": "zero-shot", **shares(np.argsort(-cosine), source.labels)})
 
 
 @pytest.mark.parametrize("split", [False, True])
 def test_retrieval_equals_a_naive_reference(split):
-    class Several(Reds):
-        def same_images(self):  # pictures 0, 3, 6 .. have three captions each
-            return list(range(0, self.n, 3)), [i // 3 for i in range(self.n)]
-
-    model, source = Toy(d=3), Several(90)
+    model, source = Toy(d=3), Reds(90)
+    owner = [i // 3 for i in range(90)]
+    source.same_images = lambda: (list(range(0, 90, 3)), owner)  # each third picture has three captions
     for i in range(0, 90, 2):  # else all is found by chance: these captions are near their pictures
         word = int(clip_model.HashedWords()(f"caption{i}")[1])
         model.words[word] = 20 * F.normalize(model.rows[i // 3 * 3], dim=0)
@@ -1783,13 +1642,13 @@ def test_retrieval_equals_a_naive_reference(split):
     for chunk in (7, 1024):
         options = dict(split_captions=split, chunk=chunk, batch_size=9)
         result = evaluation.retrieval(model, clip_model.HashedWords(), source, CPU, **options)
-        assert_same_shares(result, "retrieval", expected)
+        assert result == pytest.approx({"protocol": "retrieval", **expected})
     source.caption = lambda i: {}[i]
-    with pytest.raises(data.UserError, match="red 0: no caption"):
+    with pytest.raises(data.UserError, match="the edge 0: no caption"):
         evaluation.retrieval(model, clip_model.HashedWords(), source, CPU)
 
 
-@pytest.mark.parametrize("k, most", [(20, None), (3, None), (20, 50), (500, None)])
+@pytest.mark.parametrize("k, most", [(20, None), (20, 50), (500, None)])
 def test_knn_equals_a_naive_reference(k, most):
     model, train, test = Toy(), Reds(150, classes=7), Reds(90, classes=7, first=150)
     taken = np.arange(0, 150, 3) if most else np.arange(150)
@@ -1800,10 +1659,7 @@ def test_knn_equals_a_naive_reference(k, most):
             votes[train.labels[taken[near]]] += np.exp(row[near] / 0.07)
         ranking.append(np.argsort(-votes))
     result = evaluation.knn(model, train, test, CPU, k=k, most=most, batch_size=16)
-    expected = shares(ranking, test.labels)
-    if k == 3:  # the fourth and fifth of these are a tie
-        expected["top5"] = result["top5"]
-    assert_same_shares(dict(result), "knn", expected)
+    assert result == pytest.approx({"protocol": "knn", **shares(ranking, test.labels)})
     if k == 20 and not most:  # the defaults
         assert evaluation.knn(model, train, test, CPU)["top1"] == result["top1"]
 
@@ -1845,27 +1701,8 @@ def test_rates_of_the_protocols():
     assert rate("wise-ft", 19, 10, 10, 1.0) == 1 and rate("wise-ft", 9, 10, 10, 1.0) == 0.5  # a fifth at most
 
 
-def test_augmentations_of_the_protocols():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
-    bicubic = transforms.InterpolationMode.BICUBIC
-    classic = {  # as main_lincls.py of MoCo v3, and open_clip, have them
-        "sgd": [transforms.RandomResizedCrop(64), transforms.RandomHorizontalFlip()],
-        "wise-ft": [transforms.RandomResizedCrop(64, scale=(0.9, 1.0), interpolation=bicubic)],
-    }
-    for protocol, seed in itertools.product(classic, range(6)):
-        torch.manual_seed(seed)
-        expected = transforms.Compose([*classic[protocol], transforms.PILToTensor()])(picture)
-        torch.manual_seed(seed)
-        assert evaluation.augmentation(protocol, 64)(picture).equal(expected), (protocol, seed)
-    crop, flip, augment, _, erase = evaluation.augmentation("deit", 64).transforms
-    assert (crop.size, crop.scale, crop.interpolation) == ((64, 64), (0.08, 1.0), bicubic) and flip.p == 0.5
-    assert (augment.num_ops, augment.magnitude, erase.p) == (2, 9, 0.25)
-
-
 def test_weight_decay_is_for_the_matrices_that_the_recipes_name():
-    with torch.device("meta"):
-        swin, deit = clip_model.create("swin_b", 32), moco.create("moco_vit_tiny", 32)
-    tuned = evaluation.Classifier(deit, 3, frozen=False)
+    tuned = evaluation.Classifier(moco.create("moco_vit_tiny", 32), 3, frozen=False)
     optimizer = evaluation.make_optimizer(tuned, "deit", 0.1, 0.05)
     names = {id(p): name.removeprefix("model.base_encoder.") for name, p in tuned.named_parameters()}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
@@ -1873,18 +1710,15 @@ def test_weight_decay_is_for_the_matrices_that_the_recipes_name():
     assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} <= others
     assert {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "head.weight"} <= decay
     assert not any("momentum" in name or "predictor" in name for name in decay | others)
-    for name, p in swin.visual.named_parameters():  # open_clip's rule
-        assert evaluation.decays(name, p) == (p.ndim >= 2 and "bias" not in name), name
 
 
 @pytest.mark.parametrize("protocol, clip", [("sgd", False), ("wise-ft", True), ("deit", False)])
 def test_a_step_of_a_classifier_equals_one_by_hand(protocol, clip, monkeypatch):
     """The first of two steps at a batch of all samples, in which the rate is at its peak."""
-    mixes, clipped, pixels = [], [], np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8)
+    mix, clip_grad = Mock(return_value=lambda images, labels: (images, labels)), Mock()
     monkeypatch.setattr(evaluation, "augmentation", lambda protocol, size: v2.PILToTensor())
-    unmixed = lambda kinds: mixes.extend(kinds) or (lambda images, labels: (images, labels))  # noqa: E731
-    monkeypatch.setattr(evaluation.v2, "RandomChoice", unmixed)
-    clip_grad = lambda parameters, most: clipped.append(most)  # noqa: E731
+    monkeypatch.setattr(evaluation.v2, "RandomChoice", mix)
     monkeypatch.setattr(evaluation.nn.utils, "clip_grad_norm_", clip_grad)
     source = Reds(9, classes=3)
     source.image = lambda i, draft=None: Image.fromarray(pixels[i])
@@ -1895,9 +1729,12 @@ def test_a_step_of_a_classifier_equals_one_by_hand(protocol, clip, monkeypatch):
     settings = dict(epochs=1, batch_size=9, lr=0.01, wd=0.1, workers=0, seed=7)
     evaluation.train_classifier(ours, source, protocol, CPU, **settings)
     assert ours.model.training == (protocol != "sgd")  # a frozen tower keeps its batch statistics
-    assert clipped == ([] if protocol == "sgd" else [1.0])
+    assert [call.args[1] for call in clip_grad.mock_calls] == ([] if protocol == "sgd" else [1.0])
     if protocol == "deit":
-        assert [(type(mix).__name__, mix.alpha) for mix in mixes] == [("MixUp", 0.8), ("CutMix", 1.0)]
+        assert [(type(x).__name__, x.alpha) for x in mix.call_args.args[0]] == [
+            ("MixUp", 0.8),
+            ("CutMix", 1.0),
+        ]
 
     images = theirs.model.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     x = theirs.model.visual(images) if clip else theirs.model.base_encoder.forward_features(images)
@@ -1920,56 +1757,35 @@ def test_a_step_of_a_classifier_equals_one_by_hand(protocol, clip, monkeypatch):
 
 def test_commands_train_by_their_recipes(checkpoints, tmp_path, monkeypatch, capsys):
     """Every number of a recipe, the head that it starts from, and how evaluation then resizes."""
-    root, calls, resizes = tree(tmp_path / "a", COLOURS, 2), [], []
-    scores = lambda *_, resize, **__: resizes.append(resize) or torch.eye(4).repeat_interleave(2, 0)  # noqa: E731
-    monkeypatch.setattr(evaluation, "train_classifier", lambda *a, **settings: calls.append((a, settings)))
+    root = tree(tmp_path / "a", COLOURS, 2)
+    numbers, out = tree(tmp_path / "numbers", "0123", 2), tmp_path / "tuned.pt"
+    train, scores = Mock(), Mock(return_value=torch.eye(4).repeat_interleave(2, 0))
+    monkeypatch.setattr(evaluation, "train_classifier", train)
     monkeypatch.setattr(evaluation, "image_features", scores)
     lincls = dict(crop=0.875, interpolation=transforms.InterpolationMode.BILINEAR)
+    data_flags = ["--data", root, "--val-data", root]
     for flags, protocol, expected in (
         ("linear --protocol sgd", "sgd", dict(epochs=90, batch_size=1024, lr=3 * 8 / 256, wd=0)),
         ("linear --protocol sgd --batch-size 4", "sgd", dict(epochs=90, batch_size=4, lr=12 / 256, wd=0)),
         ("linear --protocol sgd --lr 1 --wd 2 --epochs 3 --seed 4", "sgd",
          dict(epochs=3, batch_size=1024, lr=1, wd=2, seed=4)),
         ("finetune", "deit", dict(epochs=150, batch_size=1024, lr=1e-3 * 8 / 1024, wd=0.05)),
-        ("finetune", "wise-ft", dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, seed=0)),
+        (f"finetune --out {out} --test-data {numbers}", "wise-ft",
+         dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, seed=0)),
     ):  # fmt: skip
         run = checkpoints["clip" if protocol == "wise-ft" else "moco"]
-        result = evaluated(capsys, *flags.split(), "--checkpoint", run, "--data", root, "--val-data", root)
-        (classifier, _, used, _), settings = calls.pop()
+        result = evaluated(capsys, *flags.split(), "--checkpoint", run, *data_flags)
+        (classifier, _, used, _), settings = train.call_args
         assert used == protocol == result["protocol"] and result["n"] == 8 and result["top1"] == 1
         assert {k: settings[k] for k in expected} == pytest.approx(expected), flags
-        assert resizes.pop() == (lincls if protocol == "sgd" else None)
+        assert scores.call_args.kwargs["resize"] == (lincls if protocol == "sgd" else None)
         assert classifier.frozen == (protocol == "sgd")
+    assert result["test"][numbers] == {k: result[k] for k in ("top1", "top5", "balanced", "n")}
+    assert torch.load(out, weights_only=True)["head.weight"].equal(classifier.head.weight)
+    assert evaluated(capsys, "linear", "--checkpoint", checkpoints["moco"], *data_flags)["top1"] == 1
     model, words = evaluation.load_model(checkpoints["clip"])  # wise-ft's head is zero-shot
     text = F.normalize(model.encode_text(torch.tensor(words("a photo of a green."))[None]), dim=-1)
     torch.testing.assert_close(classifier.head.weight[1:2], text / 0.07, rtol=1e-4, atol=1e-4)
-
-
-def test_classifiers_on_class_folders(checkpoints, tmp_path, capsys):
-    tree(tmp_path / "a" / "train", WNIDS, 8)
-    tree(tmp_path / "a" / "val", WNIDS, 2)
-    numbers, some = tree(tmp_path / "v2", ["0", "1", "2", "3"], 2), tree(tmp_path / "r", WNIDS[:2], 2)
-    (tmp_path / "names.txt").write_text("\n".join(COLOURS))
-    data_flags = ["--data", tmp_path / "a", "--val-data", tmp_path / "a"]
-    for protocol in ("knn", "linear"):
-        result = evaluated(capsys, protocol, "--checkpoint", checkpoints["moco"], *data_flags)
-        assert result["n"] == 8 and result["top1"] == result["balanced"] == result["top5"] == 1.0
-    flags = ["--classnames", tmp_path / "names.txt", *"--epochs 12 --lr 2e-3 --batch-size 16".split()]
-    command = ["finetune", "--checkpoint", checkpoints["clip"], *data_flags, *flags]
-    result = evaluated(capsys, *command, "--out", tmp_path / "tuned.pt", "--test-data", numbers, some)
-    for scores, n in ((result, 8), (result["test"][numbers], 8), (result["test"][some], 4)):
-        assert scores["n"] == n and scores["top1"] >= 0.75
-    assert torch.load(tmp_path / "tuned.pt", weights_only=True)["head.weight"].shape == (4, 128)
-
-
-def test_what_does_not_fit_is_said_before_training(checkpoints, tmp_path, capsys, monkeypatch):
-    some, numbers = tree(tmp_path / "r", WNIDS[:2], 1), tree(tmp_path / "v2", ["0", "10"], 1)
-    common = ["--checkpoint", checkpoints["moco"], "--data", some, "--val-data", some]
-    said = eval_refuses(capsys, "linear", *common, *"--protocol sgd --lr 1e38 --epochs 9".split())
-    assert "loss not finite in epoch" in said
-    monkeypatch.setattr(evaluation, "train_classifier", None)
-    assert "'10'" in eval_refuses(capsys, "finetune", *common, "--test-data", numbers)
-    assert "--out" in eval_refuses(capsys, "finetune", *common, "--out", tmp_path / "no" / "where.pt")
 
 
 # ---------------------------------------------------------------- eval.py: its commands
@@ -1989,32 +1805,16 @@ def test_flags_about_data_default_to_the_runs_own(checkpoints, tmp_path, capsys,
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == f"knn of {tmp_path / 'moco.pt'} on {val}, learnt from {bank}"
     assert json.loads(last)["top1"] == 1 and json.loads(last)["n"] == 8
-    asked = []
-
-    def image_features(model, source, device, **options):
-        asked.append((source.path, source.templates, options["batch_size"]))
-        raise data.UserError("enough")
-
-    monkeypatch.setattr(evaluation, "image_features", image_features)
+    flags = ["--checkpoint", tmp_path / "clip.pt", "--caption-key", "kind", "--split-captions"]
+    assert evaluated(capsys, "retrieval", *flags)["n"] == 8
+    images = Mock(side_effect=data.UserError("enough"))
+    monkeypatch.setattr(evaluation, "image_features", images)
     for flags in ("", f"--data {bank} --templates no{{}} --batch-size 3"):
         eval_refuses(capsys, "zeroshot", "--checkpoint", tmp_path / "clip.pt", *flags.split())
+    asked = [
+        (call.args[1].path, call.args[1].templates, call.kwargs["batch_size"]) for call in images.mock_calls
+    ]
     assert asked == [(val, ["{}", "a {}"], None), (bank, ["no{}"], 3)]
-
-
-def test_zero_shot_needs_labels_and_no_captions(checkpoints, tmp_path, capsys):
-    members, labelled = [], []
-    for k, group in enumerate(["food", "animals", "food"]):
-        meta = json.dumps({"group": group, "caption": "a"})
-        members += [(f"{k}.jpg", jpeg()), (f"{k}.json", meta.encode())]
-        labelled += [(f"{k}.jpg", jpeg()), (f"{k}.cls", group.encode())]
-    keyed, cls = write_tar(tmp_path / "a.tar", members), write_tar(tmp_path / "b.tar", labelled)
-    clip, knn = (["--checkpoint", checkpoints[k], "--data"] for k in ("clip", "moco"))
-    assert evaluated(capsys, "zeroshot", *clip, keyed, "--label-key", "group")["n"] == 3
-    assert evaluated(capsys, "zeroshot", *clip, cls)["n"] == 3
-    assert evaluated(capsys, "knn", *knn, cls, "--val-data", cls)["n"] == 3
-    assert evaluated(capsys, "retrieval", *clip, keyed, "--split-captions")["n"] == 3
-    for args in (("zeroshot", *clip, keyed), ("knn", *knn, cls, "--val-data", keyed)):
-        assert "--label-key" in eval_refuses(capsys, *args)
 
 
 def test_cifar(checkpoints, tmp_path, capsys, monkeypatch):
@@ -2034,25 +1834,30 @@ def test_cifar(checkpoints, tmp_path, capsys, monkeypatch):
     assert "no whole cifar100" in eval_refuses(capsys, "knn", *common, f"cifar100:{tmp_path}")
 
 
-def test_wrong_trees_and_models_get_one_line(checkpoints, tmp_path, capsys):
+def test_what_does_not_fit_is_said_in_one_line_before_training(checkpoints, tmp_path, capsys, monkeypatch):
     numbers, some = tree(tmp_path / "v2", ["0", "10"], 1), tree(tmp_path / "r", WNIDS[:2], 1)
-    single = tree(tmp_path / "single", ["images"])
+    single, out = tree(tmp_path / "single", ["images"]), tmp_path / "no" / "where.pt"
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
-    three = ["--classnames", tmp_path / "three.txt"]
+    three, unlabelled = ["--classnames", tmp_path / "three.txt"], tmp_path / "a.tar"
+    write_tar(unlabelled, [("1.jpg", jpeg())])
     clip, moco_ = (["--checkpoint", checkpoints[k]] for k in ("clip", "moco"))
+    both = ["--data", some, "--val-data", some]
+    sgd = ["linear", *moco_, *both, *"--protocol sgd --lr 1e38".split()]
+    assert "loss not finite in epoch" in eval_refuses(capsys, *sgd)
+    monkeypatch.setattr(evaluation, "train_classifier", None)
     for args, message in (
         (["zeroshot", *clip, "--data", some, *three], "3 names, for 2 classes"),
         (["zeroshot", *clip, "--data", numbers, *three], "'10'"),
         (["zeroshot", *clip, "--data", single], "no classes, or only one"),
-        (["zeroshot", *moco_, "--data", some], "never learnt"),
-        (["knn", *moco_, "--data", some], "--val-data"),
-        (["knn", *moco_, "--data", some, "--val-data", numbers], "'10'"),
-        (["linear", *clip, "--data", some, "--val-data", some, "--lr", "1"], "are for --protocol sgd"),
-        (["knn", "--checkpoint", tmp_path / "no.pt", "--data", some, "--val-data", some], "No such file"),
-        (["export", *clip, "--out", tmp_path / "no" / "where.pt"], "--out"),
-        (["export", *clip], "--out: say which file"),
-        (["coreset", checkpoints["clip"], "--prune", "0.3", "--out", tmp_path / "k.npy"], "not a run"),
-    ):
+        (["zeroshot", *clip, "--data", unlabelled], "--label-key"),
+        (["zeroshot", *moco_, "--data", some], "learnt"), (["knn", *moco_, "--data", some], "--val-data"),
+        (["knn", *moco_, "--data", some, "--val-data", unlabelled], "--label-key"),
+        (["knn", "--checkpoint", out, *both], "No such file"),
+        (["linear", *moco_, *both, "--lr", "1"], "are for --protocol sgd"),
+        (["finetune", *moco_, *both, "--test-data", numbers], "'10'"), (["export", *moco_], "say which"),
+        (["finetune", *moco_, *both, "--out", out], "--out"), (["export", *moco_, "--out", out], "--out"),
+        (["coreset", checkpoints["moco"], "--prune", "0.3", "--out", tmp_path / "k.npy"], "not a run"),
+    ):  # fmt: skip
         assert message in eval_refuses(capsys, *args), args
     assert evaluation.wnids(some) == WNIDS[:2] and evaluation.templates("no {}") == ["no {}"]
 
@@ -2089,8 +1894,8 @@ def test_static_coreset_from_runs(tmp_path, capsys, monkeypatch):
     assert three["kept_chance"] == pytest.approx(0.7**3 / (1 - 0.3**3), abs=1e-3) and len(three["runs"]) == 3
     assert (pair["kept_chance"], pair["pruned_chance"]) == pytest.approx((0.5385, 0.1765), abs=1e-3)
     a, b = (scan_module.pruned_set(torch.load(run, weights_only=True)["scan"], 0.3) for run in runs[:2])
-    assert pair["pruned"] == pytest.approx(((a & b).sum() / (a | b).sum()).item(), abs=1e-3)
-    assert pair["kept"] == pytest.approx(((~a & ~b).sum() / (~a | ~b).sum()).item(), abs=1e-3)
+    for name, x, y in (("pruned", a, b), ("kept", ~a, ~b)):
+        assert pair[name] == pytest.approx(((x & y).sum() / (x | y).sum()).item(), abs=1e-3)
     assert "other data" in eval_refuses(capsys, "coreset", *runs, "--prune", "0.3", "--out", kept)
     warn = lambda states, prune: warnings.warn("one\nand more", stacklevel=2) or ids  # noqa: E731
     monkeypatch.setattr(evaluation, "coreset", warn)
@@ -2101,15 +1906,11 @@ def test_static_coreset_from_runs(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("", "required"), ("what", "invalid choice"), ("knn --no", "required: --checkpoint"),
-    ("knn --checkpoint x --k 0", "argument --k: 0 is not a whole number of at least 1"),
-    ("knn --checkpoint x --workers 1.5", "1.5 is not a whole number of at least 0"),
-    ("knn --checkpoint x --device mps", "invalid choice: 'mps'"),
-    ("linear --checkpoint x --lr nan", "nan is not a finite number of at least 0"),
-    ("coreset a --prune 2 --out x", "2 is not a share between 0 and 1"),
+    ("", "required"), ("what", "invalid"), ("knn --no", "--checkpoint"), ("knn --checkpoint x --k 0", "0 is"),
+    ("knn --checkpoint x --device mps", "choice: 'mps'"), ("coreset a --prune 2 --out x", "2 is not a share"),
+    ("linear --checkpoint x --lr nan", "nan is"), ("zeroshot --checkpoint x --wnids NOWHERE", "No such"),
     ("zeroshot --checkpoint x --classnames EMPTY", "EMPTY: is empty"),
     ("zeroshot --checkpoint x --templates WITHOUT", "WITHOUT: every line needs a {}"),
-    ("zeroshot --checkpoint x --wnids NOWHERE", "NOWHERE: No such file"),
     ("zeroshot --checkpoint x --classnames BYTES", "codec can't decode"),
 ])  # fmt: skip
 def test_bad_arguments_of_eval_exit_2_in_one_line(flags, message, capsys, tmp_path, monkeypatch):
@@ -2125,15 +1926,14 @@ def test_bad_arguments_of_eval_exit_2_in_one_line(flags, message, capsys, tmp_pa
 # ---------------------------------------------------------------- eval.py: what train.py shares
 
 
-def test_ranks_and_devices(monkeypatch):
-    for gpus in (0, 2):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)  # noqa: B023
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)  # noqa: B023
-        if not gpus:
-            assert evaluation.start_ranks("auto") == evaluation.start_ranks("cpu") == (0, 1, CPU)
-            with pytest.raises(data.UserError, match="use --device cpu"):
-                evaluation.start_ranks("cuda")
-    used, groups = [], []
+def test_ranks_devices_and_precision(monkeypatch):
+    has_gpu, used, groups = Mock(return_value=False), [], []
+    monkeypatch.setattr(torch.cuda, "is_available", has_gpu)
+    assert evaluation.start_ranks("auto") == evaluation.start_ranks("cpu") == (0, 1, CPU)
+    with pytest.raises(data.UserError, match="use --device cpu"):
+        evaluation.start_ranks("cuda")
+    has_gpu.return_value = True
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     assert evaluation.start_ranks("auto")[2] == used[0] == torch.device("cuda", 0)
@@ -2155,9 +1955,6 @@ def test_ranks_and_devices(monkeypatch):
     assert how["timeout"].total_seconds() == 1800
     how["store"].set("key", "value")  # after a restart: apart from the addresses of the dead ranks
     assert how["store"].underlying_store.get("2/key") == b"value"
-
-
-def test_precision_is_bf16_where_the_gpu_has_it(monkeypatch):
     for native, expected in ((False, "fp32"), (True, "bf16")):  # V100 and T4 only emulate it
         supported = lambda including_emulation=True: including_emulation or native  # noqa: E731, B023
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
@@ -2275,7 +2072,7 @@ def fractional_epochs(log, batch=16):
 def clip_by_hand(arch, size, seed, batches, log, lr, wd, warmup, start=None):
     """Plain torch on the pixels and tokens of train.py's loader -> model, [(epoch, ids, a, b)], optimizer."""
     torch.manual_seed(seed)
-    model = clip_model.create(arch, size)
+    model = clip_model.create(arch, size, 515)
     if start is not None:
         model.logit_scale.data.fill_(start)
     decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "bias" not in n]
@@ -2396,7 +2193,8 @@ WEIGHTS = "--epochs 6 --lr 1e-4 --wd 0.3 --warmup 1.5 --seed 3 --image-size"
     ],
 )
 def test_clip_trains_as_a_loop_by_hand(arch, size, scale, flags, loaded, tmp_path, monkeypatch):
-    create = clip_model.create
+    create, vocab = clip_model.create, tmp_path / "vocab.gz"
+    vocab.write_bytes(gzip.compress(b"version\na </w>\n"))  # 515 words: Adam is slow on all the hashed ones
 
     def starting_elsewhere(*args, **options):
         model = create(*args, **options)
@@ -2406,16 +2204,14 @@ def test_clip_trains_as_a_loop_by_hand(arch, size, scale, flags, loaded, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(clip_model, "create", starting_elsewhere)
-        checkpoint, log = trained(tmp_path, f"--arch {arch} {WEIGHTS} {size} --prune 0.3 {flags}")
-    model, losses, optimizer = clip_by_hand(
-        arch, size, 3, loaded, log, lr=1e-4, wd=0.3, warmup=1.5, start=scale
-    )
+        saved, log = trained(tmp_path, f"--arch {arch} --vocab {vocab} {WEIGHTS} {size} --prune 0.3 {flags}")
+    model, losses, optimizer = clip_by_hand(arch, size, 3, loaded, log, 1e-4, 0.3, warmup=1.5, start=scale)
     torch.manual_seed(3)
-    start = create(arch, size).state_dict()
+    start = create(arch, size, 515).state_dict()
     assert start["logit_scale"].item() == pytest.approx(math.log(1 / 0.07))
-    assert_same_weights(model, checkpoint["model"], start, TOLERANCE[arch])
-    assert_same_gradients(checkpoint["optimizer"], optimizer)
-    assert_scan_saw(losses, checkpoint, log, 0.3)
+    assert_same_weights(model, saved["model"], start, TOLERANCE[arch])
+    assert_same_gradients(saved["optimizer"], optimizer)
+    assert_scan_saw(losses, saved, log, 0.3)
 
 
 def test_moco_trains_as_a_loop_by_hand(loaded, tmp_path, monkeypatch):
@@ -2427,10 +2223,10 @@ def test_moco_trains_as_a_loop_by_hand(loaded, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(moco.MoCo, "forward", seeing)
-        checkpoint, log = trained(tmp_path, f"--arch moco_vit_tiny {WEIGHTS} 32 --prune 0.35")
-    model, losses, optimizer = moco_by_hand(32, 3, loaded, seen, log, lr=1e-4, wd=0.3, warmup=1.5)
+        checkpoint, log = trained(tmp_path, f"--arch moco_vit_tiny {WEIGHTS} 16 --prune 0.35")
+    model, losses, optimizer = moco_by_hand(16, 3, loaded, seen, log, lr=1e-4, wd=0.3, warmup=1.5)
     torch.manual_seed(3)
-    start = moco.create("moco_vit_tiny", 32).state_dict()
+    start = moco.create("moco_vit_tiny", 16).state_dict()
     assert_same_weights(model, checkpoint["model"], start, TOLERANCE["moco_vit_tiny"])
     assert_same_gradients(checkpoint["optimizer"], optimizer)
     assert_scan_saw(losses, checkpoint, log, 0.35)
@@ -2514,7 +2310,7 @@ ROUNDS = [0, 0.25, 0.75, 1, 0]
     [
         pytest.param("--prune 0.3", 24, 24, ROUNDS, marks=slow),
         pytest.param("--prune 0.3 --rho-ill 0", 24, 0, ROUNDS, marks=slow),
-        ("--rho-red 0.1 --rho-ill 0.3", 8, 24, ROUNDS),
+        pytest.param("--rho-red 0.1 --rho-ill 0.3", 8, 24, ROUNDS, marks=slow),
         pytest.param("--prune 0.5", 40, 40, ROUNDS, marks=slow),
         pytest.param("--prune 0.3 --rho-red 0", 0, 24, ROUNDS, marks=slow),
         pytest.param("--prune 0.3 --t-cos 2", 24, 24, [0, 0.5, 1, 0, 0.5], marks=slow),
@@ -2811,6 +2607,7 @@ def test_no_checkpoint_holds_what_is_not_finite(small, tmp_path, monkeypatch, ca
     assert [r["epoch"] for r in records(tmp_path / "out", "epoch")] == [0]
 
 
+@slow
 def test_a_resume_over_something_else_is_refused_and_named(small, tmp_path, capsys):
     keep, out = tmp_path / "keep.npy", tmp_path / "out"
     np.save(keep, np.arange(64))
