@@ -452,8 +452,7 @@ def _most_counted(counts, n, seed):
 def _warn_of_wrong_ids(scan):
     """Warn if the samples observed in an epoch are not those that it kept, and name the likely cause.
 
-    A dataset may replace samples that it cannot read, so a few wrong ids are no reason to warn: up to 1 % of
-    the data, or fewer than one per batch.
+    Up to 1 % of the data, or less than one id per batch, may be wrong: datasets replace unreadable samples.
     """
     counted = scan.observed - scan._observed_before_resume
     distinct = int(scan._seen.count_nonzero())
@@ -513,8 +512,9 @@ def _losses_in_blocks(query, keys, scale, positives):
         return F.cross_entropy(scale * query @ keys.T, positives, reduction="none")
 
     rows = max(1, MAX_LOGITS // len(keys))
+    options = dict(use_reentrant=False, preserve_rng_state=False)  # saving the random state syncs
     blocks = zip(query.split(rows), positives.split(rows))
-    return torch.cat([checkpoint(block, q, p, use_reentrant=False) for q, p in blocks])
+    return torch.cat([checkpoint(block, q, p, **options) for q, p in blocks])
 
 
 def _generator(*key):

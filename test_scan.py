@@ -768,8 +768,14 @@ def test_a_step_never_makes_the_host_wait_for_the_gpu(create, arch, monkeypatch)
             blocking.append(tensor.shape)
         return moved
 
+    def set_item(tensor, index, value, real=torch.Tensor.__setitem__):
+        if torch.is_tensor(index) and index.dtype == torch.bool:
+            blocking.append(index.shape)  # a mask: the host waits for the number of its places
+        real(tensor, index, value)
+
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: FLOAT32)  # has no such device
     monkeypatch.setattr(torch.Tensor, "to", noted)
+    monkeypatch.setattr(torch.Tensor, "__setitem__", set_item)
     batch = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.tensor([[48, 5, 49]] * 8)
     if create == moco.create:
         crops = torch.zeros(8, 2, 3, 16, 16, dtype=torch.uint8)
