@@ -1808,8 +1808,9 @@ def test_flags_about_data_default_to_the_runs_own(checkpoints, tmp_path, capsys,
         run = torch.load(f"{checkpoints[family]}/last.pt", weights_only=True)
         torch.save(run | {"args": run["args"] | own}, tmp_path / f"{family}.pt")
     evaluate("knn", "--checkpoint", tmp_path / "moco.pt")
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert first == f"knn of {tmp_path / 'moco.pt'} on {val}, learnt from {bank}"
+    first, second, headline, *_, last = capsys.readouterr().out.splitlines()
+    assert [first, second] == [f"{bank}: 16 samples", f"{val}: 8 samples"]
+    assert headline == f"knn of {tmp_path / 'moco.pt'} on {val}, learnt from {bank}"
     assert json.loads(last)["top1"] == 1 and json.loads(last)["n"] == 8
     flags = ["--checkpoint", tmp_path / "clip.pt", "--caption-key", "kind", "--split-captions"]
     assert evaluated(capsys, "retrieval", *flags)["n"] == 8
