@@ -2840,6 +2840,13 @@ train.main(sys.argv[1:])
 """
 
 
+def test_a_loading_process_leaves_signals_to_its_rank(monkeypatch):
+    monkeypatch.setattr(train.multiprocessing, "parent_process", lambda: "the rank")
+    run = Mock(signal=0, rank=0)
+    train.Run.receive(run, signal.SIGINT, None)
+    assert run.signal == 0
+
+
 @slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_run_whose_loader_hangs(tmp_path, number):
