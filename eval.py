@@ -34,7 +34,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import InterpolationMode, v2
@@ -197,8 +196,8 @@ def text_features(model, tokenizer, texts, device, batch_size=256):
     """Unit features (len(texts), d), float32, on the CPU."""
     parts = []
     for start in shown(range(0, len(texts), batch_size), "batches of texts"):
-        tokens = [torch.from_numpy(tokenizer(text)) for text in texts[start : start + batch_size]]
-        features = model.encode_text(pad_sequence(tokens, batch_first=True).to(device))
+        tokens = data.pad([tokenizer(text) for text in texts[start : start + batch_size]])
+        features = model.encode_text(tokens.to(device))
         parts.append(F.normalize(features.float(), dim=-1).cpu())
     return torch.cat(parts)
 

@@ -680,7 +680,7 @@ def scores(result):
 
 def say(text, live=False):
     """Print on rank 0. A live line is overwritten by the next one. A screen that is gone is no error."""
-    if int(os.environ.get("RANK") or 0):
+    if not evaluation.is_first_rank():
         return
     try:
         terminal = sys.stdout.isatty()
