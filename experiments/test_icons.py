@@ -57,6 +57,7 @@ def test_held_out_sets_and_the_tenth_are_in_no_training_shard(package):
     held = {name for sets in icons.HELD_OUT.values() for name in sets}
     names = {split: {icon[0] for icon in chosen} for split, chosen in splits.items()}
     assert not held & {meta["set"] for _, meta, _ in splits["train"] + splits["retrieval"]}
+    assert 8 <= len(names["retrieval"]) <= 40  # a tenth of 200, by a hash
     assert not names["train"] & names["retrieval"] and len(names["train"] | names["retrieval"]) == 200
     assert names["zeroshot"] == {"bi:red-red", "jam:red-red-outline", "vaadin:red-red-outline"}
     few = [icons.split(found, 50, seed)["train"] for seed in (0, 0, 1)]
