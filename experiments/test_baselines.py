@@ -426,6 +426,26 @@ def test_illfirst_leaves_out_the_ill_matched_before_the_redundant():
                 scan.end_epoch()
 
 
+def test_mirrored_leaves_out_most_first_and_keeps_every_other_sample():
+    scan = variants.make("mirrored")(100, 0.25)
+    scan.first_preparation = 5
+    for epoch, left_out in ((5, 0), (6, 50), (7, 37), (8, 12), (9, 0), (10, 50)):
+        kept, loss = scan.begin_epoch(epoch), torch.arange(100).float()
+        assert len(kept) == 100 - left_out and {*range(25, 75)} <= {*kept.tolist()}
+        scan.observe(kept, loss[kept], loss[kept])
+        scan.end_epoch()
+
+
+def test_late_waits_for_half_the_chance_level():
+    scan, half = variants.make("late")(64, 0.25), math.log(64) / 2
+    for epoch, mean in enumerate((2 * half, 1.9 * half, 1.01 * half, 0.99 * half)):
+        assert scan.first_preparation is None
+        loss = torch.full((64,), mean)
+        scan.observe(scan.begin_epoch(epoch), loss, loss)
+        scan.end_epoch()
+    assert scan.first_preparation == 4
+
+
 def test_bent_takes_steps_of_short_epochs_for_steps_of_full_ones(monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda now, args: now)
     scan = variants.make("bent")(100, 0.3)

@@ -10,6 +10,8 @@ compare.py does this for all methods and seeds. The flags are train.py's. One pr
     lottery   marks random samples instead of the redundant: is a low loss better than chance?
     illfirst  a mutation epoch leaves out as many samples, but the ill-matched before the redundant
     chance    marks as ill-matched only losses above ln B, the chance level; marks more redundant ones instead
+    mirrored  Eq. 3 backwards: all candidates are left out right after they were found, then they grow back
+    late      no preparation while the epoch loss is above ln(B) / 2: a model that knows little marks nothing
 """
 
 import functools
@@ -23,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scan
 import train
-from scan import Scan, select_candidates
+from scan import Scan, prune_ratio, select_candidates
 
 
 class Bent(Scan):
@@ -89,6 +91,23 @@ class IllFirst(Scan):
         return kept
 
 
+class Mirrored(Scan):
+    """Leaves out 1, .75, .25 of the candidates, not .25, .75, 1: in a whole round as many samples."""
+
+    def _draw(self, share):
+        return super()._draw(prune_ratio(self.first_preparation - self.epoch, self.t_cos))
+
+
+class Late(Scan):
+    """Stays in the warm-up until the epoch loss is at most half the chance level ln B, too."""
+
+    def end_epoch(self):
+        warming_up = self.first_preparation is None
+        super().end_epoch()
+        if warming_up and self.loss > math.log(self.batch) / 2:
+            self.first_preparation = None
+
+
 class Select(Scan):
     """Another `select_candidates`."""
 
@@ -121,7 +140,8 @@ def make(name):
     selects = {"chance": above_chance, "lottery": at_random}
     if name in selects:
         return functools.partial(Select, select=selects[name])
-    return {"bent": Bent, "quantile": Quantile, "illfirst": IllFirst}.get(name)
+    plain = {"bent": Bent, "quantile": Quantile, "illfirst": IllFirst, "mirrored": Mirrored, "late": Late}
+    return plain.get(name)
 
 
 if __name__ == "__main__":
