@@ -179,6 +179,11 @@ def build(args):
         print(f"{args.out}/{name}-*.tar: {total['rendered']:,} icons, {total['failed']:,} cannot be drawn")
 
 
+def is_blank(picture):
+    """Some icons use what the renderer does not know, and come out white."""
+    return all(high - low < 16 for low, high in picture.convert("RGB").getextrema())
+
+
 def look(run, out):
     """Compare what a finished run marked with what the JSON says; draw the icons marked most often."""
     checkpoint = evaluation.load_checkpoint(run)
@@ -188,6 +193,7 @@ def look(run, out):
     truths = {
         "logos": np.array([meta["logo"] for meta in metas]),
         "size and weight variants": np.array([copies[meta["set"], meta["concept"]] > 1 for meta in metas]),
+        "drawn blank": np.array([is_blank(icons.image(i)) for i in range(len(icons))]),
     }
     red, ill = scan["redundant"].numpy(), scan["ill_matched"].numpy()
     counts, ill_counts = scan["counts"].numpy(), scan["ill_counts"].numpy()
@@ -196,7 +202,7 @@ def look(run, out):
     if scan["rounds"] > 1:  # a state holds the masks of the newest round, and counts of all
         marks["ill-matched, earlier rounds"] = ill_counts - ill
         marks["redundant alone, earlier rounds"] = (counts - (red | ill)) - (ill_counts - ill)
-    print(f"| {run}, {scan['rounds']} rounds | {' | '.join(truths)} |\n|---|---|---|")
+    print(f"| {run}, {scan['rounds']} rounds | {' | '.join(truths)} |\n|---|---|---|---|")
     for name, weights in marks.items():
         if not weights.any():
             continue

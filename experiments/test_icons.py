@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import icons
@@ -77,6 +78,7 @@ def test_shards_are_built_once_and_read_by_data(package, tmp_path, monkeypatch, 
     assert len(shards) == 60 and shards.caption(0) == json.loads(shards._read(0, "json"))["caption"]
     pixels = np.asarray(shards.image(0))
     assert pixels.shape == (8, 8, 3) and (pixels[0] == 255).all() and pixels[4, 4].max() < 50
+    assert icons.is_blank(Image.new("L", (8, 8), 255)) and not icons.is_blank(shards.image(0))
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
     with pytest.raises(SystemExit, match="other settings"):
         icons.main()
