@@ -217,7 +217,8 @@ def paired(method, against, done, seeds):
 
 def table(methods, done, seeds):
     rows = list(done.values())
-    more = [name for name in ("top1", "top5") if all(name in row.get("scores", {}) for row in rows)]
+    more = {"top1", "top5"}.intersection(*(row.get("scores", {}) for row in rows)) - {rows[0]["measure"]}
+    more = sorted(more)
     finders = [m for m in methods if m.startswith("scan") or variants.make(m.partition(":")[0])]
     columns = ["method", rows[0]["measure"], *more, "samples", "seconds", "− full data", "− RS2"]
     columns += ["mismatches found", "seeds"]
