@@ -217,10 +217,10 @@ def paired(method, against, done, seeds):
 
 def table(methods, done, seeds):
     rows = list(done.values())
-    more = {"top1", "top5"}.intersection(*(row.get("scores", {}) for row in rows)) - {rows[0]["measure"]}
-    more = sorted(more)
+    measure = rows[0]["measure"]
+    more = sorted({"top1", "top5"}.intersection(*(row.get("scores", {}) for row in rows)) - {measure})
     finders = [m for m in methods if m.startswith("scan") or variants.make(m.partition(":")[0])]
-    columns = ["method", rows[0]["measure"], *more, "samples", "seconds", "− full data", "− RS2"]
+    columns = ["method", measure, *more, "samples", "seconds", "− full data", "− RS2"]
     columns += ["mismatches found", "seeds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in methods:

@@ -180,7 +180,7 @@ def build(args):
 
 
 def is_blank(picture):
-    """Some icons use what the renderer does not know, and come out white."""
+    """Whether all pixels are alike: some icons use what the renderer does not know."""
     return all(high - low < 16 for low, high in picture.convert("RGB").getextrema())
 
 
@@ -202,7 +202,7 @@ def look(run, out):
     if scan["rounds"] > 1:  # a state holds the masks of the newest round, and counts of all
         marks["ill-matched, earlier rounds"] = ill_counts - ill
         marks["redundant alone, earlier rounds"] = (counts - (red | ill)) - (ill_counts - ill)
-    print(f"| {run}, {scan['rounds']} rounds | {' | '.join(truths)} |\n|---|---|---|---|")
+    print(f"| {run}, {scan['rounds']} rounds | {' | '.join(truths)} |\n{'|---' * (len(truths) + 1)}|")
     for name, weights in marks.items():
         if not weights.any():
             continue
